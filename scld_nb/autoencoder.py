@@ -5,65 +5,95 @@
 # %% auto #0
 __all__ = ['Round', 'Map', 'Autoencoder', 'encode_cells', 'fit_latent_statistics']
 
-# %% ../nbs/01_autoencoder.ipynb #c002
+# %% ../nbs/01_autoencoder.ipynb #c003
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import CellReader
+from .data import CellReader, InputError
 
-# %% ../nbs/01_autoencoder.ipynb #c003
+# %% ../nbs/01_autoencoder.ipynb #c018
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return value
+
+# %% ../nbs/01_autoencoder.ipynb #c021
 class Round(nn.Module):
     r"""Encoder: $z = W_2\,\phi(W_1x+b_1)+b_2$ with $\phi$ = SiLU.
 
     Parameters
     ----------
-    n_genes, hidden, d
-        Widths G -> hidden -> d.
+    n_genes, d
+        Numbers of genes and of latent coordinates.
+    hidden
+        Width of the layer between them.
     latent_act
         ``"none"`` (default) or ``"relu"``, the literal reading of the paper, under which no coordinate can be
-        negative and a Gaussian prior cannot be met (decision 21).
+        negative and a Gaussian prior cannot be met.
+
+    Raises
+    ------
+    InputError
+        Unknown ``latent_act``.
+
+    References
+    ----------
+    Eq. 3 of the SCLD paper, corrected by decision 21.
     """
 
     def __init__(self, n_genes: int, d: int = 128, *, hidden: int = 512, latent_act: str = "none"):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(n_genes, hidden), nn.Linear(hidden, d)
-        self.latent_act = latent_act
+        self.latent_act = _one_of("latent_act", latent_act, ("none", "relu"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Cells in model space ``(n, n_genes)`` to latents ``(n, d)``."""
+        """Cells in model space ``(n, n_genes)`` to latents ``(n, d)``, not yet standardised."""
         z = self.linear2(F.silu(self.linear1(x)))
         return F.relu(z) if self.latent_act == "relu" else z
 
-# %% ../nbs/01_autoencoder.ipynb #c004
+# %% ../nbs/01_autoencoder.ipynb #c026
 class Map(nn.Module):
     r"""Decoder: $\hat x = \psi(W_4\,\phi(W_3z+b_3)+b_4)$, the mirror image of `Round`.
 
     Parameters
     ----------
+    n_genes, d
+        Numbers of genes and of latent coordinates.
+    hidden
+        Width of the layer between them.
+    out_act
+        $\psi$: ``"relu"`` (exact zeros are possible) or ``"softplus"`` (smooth, never zero).
     gene_means
         Mean of each gene in model space, shape ``(n_genes,)``: the start value of the output bias, so that no
-        output unit is born dead under the ReLU.
-    out_act
-        ``"relu"`` (exact zeros are possible) or ``"softplus"``.
+        output unit is born dead under the ReLU. Without it the bias is random.
+
+    Raises
+    ------
+    InputError
+        Unknown ``out_act``.
+
+    References
+    ----------
+    Eq. 4 of the SCLD paper, corrected by decision 21.
     """
 
     def __init__(self, n_genes: int, d: int = 128, *, hidden: int = 512, out_act: str = "relu",
                  gene_means: torch.Tensor | None = None):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(d, hidden), nn.Linear(hidden, n_genes)
-        self.out_act = out_act
+        self.out_act = _one_of("out_act", out_act, ("relu", "softplus"))
         if gene_means is not None:
             with torch.no_grad():
                 self.linear2.bias.copy_(gene_means)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents ``(n, d)`` to non-negative cells in model space ``(n, n_genes)``."""
+        """Raw latents ``(n, d)`` to non-negative cells in model space ``(n, n_genes)``."""
         x = self.linear2(F.silu(self.linear1(z)))
         return F.relu(x) if self.out_act == "relu" else F.softplus(x)
 
-# %% ../nbs/01_autoencoder.ipynb #c005
+# %% ../nbs/01_autoencoder.ipynb #c032
 class Autoencoder(nn.Module):
     r"""Round and Map together, with the statistics that standardise the latent.
 
@@ -71,12 +101,19 @@ class Autoencoder(nn.Module):
     ----------
     n_genes, d, hidden
         Widths G -> hidden -> d -> hidden -> G.
-    latent_act, out_act, gene_means
-        See `Round` and `Map`.
+    latent_act
+        Activation on the latent, see `Round`.
+    out_act, gene_means
+        Activation and first bias of the output, see `Map`.
+
+    Raises
+    ------
+    InputError
+        Unknown activation.
 
     References
     ----------
-    Eqs. 3-6 of the paper; decisions 21, 22 and 24.
+    Eqs. 3-6 of the SCLD paper; decisions 21, 22 and 24.
     """
 
     def __init__(self, n_genes: int, d: int = 128, *, hidden: int = 512, latent_act: str = "none",
@@ -92,35 +129,65 @@ class Autoencoder(nn.Module):
         return self.map(self.round(x))
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
-        r"""Mean squared error $\frac{1}{NG}\sum\lVert x-\hat x\rVert^2$ of Eq. 6."""
+        r"""Mean squared error $\frac{1}{NG}\sum\lVert x-\hat x\rVert^2$ of Eq. 6, a scalar."""
         return F.mse_loss(self(x).float(), x)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Cells to standardised latents."""
+        """Cells in model space ``(n, n_genes)`` to standardised latents ``(n, d)``."""
         return (self.round(x).float() - self.latent_mean) / self.latent_std
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Standardised latents to cells in model space."""
+        """Standardised latents ``(n, d)`` to cells in model space ``(n, n_genes)``."""
         return self.map(z * self.latent_std + self.latent_mean).float()
 
-# %% ../nbs/01_autoencoder.ipynb #c006
-def encode_cells(autoencoder: Autoencoder, reader: CellReader, *, device: torch.device, size: int = 2048) -> torch.Tensor:
-    """Standardised latents of all cells, block by block, shape ``(n_cells, d)`` on the CPU."""
+# %% ../nbs/01_autoencoder.ipynb #c051
+def encode_cells(autoencoder: Autoencoder, reader: CellReader, *, device: torch.device,
+                 size: int = 2048) -> torch.Tensor:
+    """Standardised latents of all cells, block by block.
+
+    Parameters
+    ----------
+    autoencoder
+        Trained Round and Map, already on ``device``; it is put into evaluation mode.
+    reader
+        The cells, in the model space the autoencoder was trained in.
+    device
+        Where to compute.
+    size
+        Cells per block.
+
+    Returns
+    -------
+    Shape ``(n_cells, d)``, float32, on the CPU.
+    """
     autoencoder.eval()
     with torch.no_grad():
         parts = [autoencoder.encode(torch.from_numpy(x).to(device)).cpu() for x in reader.blocks(size)]
     return torch.cat(parts)
 
-
+# %% ../nbs/01_autoencoder.ipynb #c058
 def fit_latent_statistics(autoencoder: Autoencoder, reader: CellReader, *, device: torch.device) -> torch.Tensor:
     r"""Set the latent mean and standard deviation from the training cells and return their latents.
 
     With $T=1000$ and the linear schedule $\sqrt{\bar\alpha_T}=0.006$: the end of the forward process is the
     standard normal only if the latents start with unit variance. A coordinate that never moves keeps std 1.
 
+    Parameters
+    ----------
+    autoencoder
+        Trained Round and Map, already on ``device``; its ``latent_mean`` and ``latent_std`` are overwritten.
+    reader
+        Training cells, and no others.
+    device
+        Where to compute.
+
     Returns
     -------
     Standardised latents of the training cells, mean 0 and standard deviation 1 per dimension, ``(n_cells, d)``.
+
+    References
+    ----------
+    Decision 22.
     """
     autoencoder.latent_mean.zero_()
     autoencoder.latent_std.fill_(1.0)

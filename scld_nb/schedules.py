@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['Schedule', 'linear_schedule']
 
-# %% ../nbs/02_schedules.ipynb #c002
+# %% ../nbs/02_schedules.ipynb #c003
 from dataclasses import dataclass
 
 import torch
 
-# %% ../nbs/02_schedules.ipynb #c003
-@dataclass(frozen=True)
+from .data import InputError
+
+# %% ../nbs/02_schedules.ipynb #c016
+@dataclass(frozen=True, eq=False)
 class Schedule:
     r"""A variance schedule $\beta_1..\beta_T$ and the closed forms that follow from it.
 
     All tensors have length $T+1$ and are indexed by the paper's $t$; entry 0 describes the clean latent
-    ($\beta_0=0$, $\bar\alpha_0=1$). They are kept in float64 on the CPU: a thousand products of numbers
-    close to one deserve the digits.
+    ($\beta_0=0$, $\bar\alpha_0=1$). They are kept in float64 on the CPU: early in the process $1-\bar\alpha_t$
+    is a small difference of numbers close to one.
 
     Parameters
     ----------
@@ -26,6 +28,11 @@ class Schedule:
     timesteps
         The step numbers the denoiser was trained with, shape ``(T + 1,)``. They differ from ``0..T`` only
         in a re-spaced schedule (see `respace`).
+
+    Raises
+    ------
+    InputError
+        If ``betas`` is not one-dimensional with a leading 0, a beta lies outside (0, 1), or the lengths differ.
 
     References
     ----------
@@ -36,11 +43,14 @@ class Schedule:
     timesteps: torch.Tensor
 
     def __post_init__(self):
+        if self.betas.ndim != 1 or len(self.betas) < 2 or float(self.betas[0]) != 0.0:
+            raise InputError(f"betas has shape {tuple(self.betas.shape)} and must be one row: 0, then the steps")
         inner = self.betas[1:]
-        if self.betas.ndim != 1 or len(inner) < 1 or float(self.betas[0]) != 0.0:
-            raise ValueError("betas must be one-dimensional, start with 0 and hold at least one step")
         if not bool(((inner > 0) & (inner < 1)).all()):
-            raise ValueError(f"every beta must lie in (0, 1); got {float(inner.min())} .. {float(inner.max())}")
+            low, high = float(inner.min()), float(inner.max())
+            raise InputError(f"betas run from {low:g} to {high:g}; every one must lie between 0 and 1")
+        if self.timesteps.shape != self.betas.shape:
+            raise InputError(f"{len(self.timesteps)} timesteps for {len(self.betas)} betas; give one per beta")
 
     @property
     def T(self) -> int:
@@ -91,12 +101,43 @@ class Schedule:
         return a.sqrt().to(z0.dtype) * z0 + (1.0 - a).sqrt().to(z0.dtype) * eps
 
     def predict_z0(self, z_t: torch.Tensor, t: int, eps: torch.Tensor) -> torch.Tensor:
-        r"""Solve the closed form for the clean latent: $(z_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$."""
+        r"""Solve the closed form for the clean latent: $(z_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$.
+
+        Parameters
+        ----------
+        z_t, eps
+            Noised latents and the noise in them (or a prediction of it), shape ``(n, d)``.
+        t
+            Step of all rows, ``0..T``.
+
+        Returns
+        -------
+        Shape ``(n, d)``.
+        """
         a = float(self.alpha_bar[t])
         return (z_t - (1.0 - a) ** 0.5 * eps) / a**0.5
 
     def posterior_mean(self, z0: torch.Tensor, z_t: torch.Tensor, t: int) -> torch.Tensor:
-        r"""Mean of $q(z_{t-1}\mid z_t,z_0)$ for one step ``t``; its variance is ``posterior_variance[t]``."""
+        r"""Mean of $q(z_{t-1}\mid z_t,z_0)$; its variance is ``posterior_variance[t]``.
+
+        Parameters
+        ----------
+        z0, z_t
+            Clean and noised latents, shape ``(n, d)``.
+        t
+            Step of all rows, ``1..T``.
+
+        Returns
+        -------
+        Shape ``(n, d)``.
+
+        Raises
+        ------
+        InputError
+            If ``t`` is not in ``1..T``.
+        """
+        if not 1 <= t <= self.T:
+            raise InputError(f"the posterior is defined for steps 1..{self.T}, got {t}")
         a, a_prev, beta = float(self.alpha_bar[t]), float(self.alpha_bar[t - 1]), float(self.betas[t])
         return (a_prev**0.5 * beta * z0 + (1.0 - beta) ** 0.5 * (1.0 - a_prev) * z_t) / (1.0 - a)
 
@@ -106,21 +147,30 @@ class Schedule:
         The kept levels have the same $\bar\alpha$; the betas between them are recomputed
         (Nichol & Dhariwal 2021, arXiv 2102.09672). ``None`` or ``T`` returns the schedule itself.
 
+        Parameters
+        ----------
+        steps
+            Number of steps of the new schedule, ``1..T``.
+
+        Returns
+        -------
+        Its ``timesteps`` are the steps kept, as the denoiser was trained with them.
+
         Raises
         ------
-        ValueError
+        InputError
             If ``steps`` is not in ``1..T``.
         """
         if steps is None or steps == self.T:
             return self
         if not 1 <= steps <= self.T:
-            raise ValueError(f"sampling steps must lie in 1..{self.T}, got {steps}")
+            raise InputError(f"sampling steps must lie in 1..{self.T}, got {steps}")
         keep = torch.linspace(0, self.T, steps + 1, dtype=torch.float64).round().long()
         a = self.alpha_bar[keep]
         betas = torch.cat([torch.zeros(1, dtype=torch.float64), 1.0 - a[1:] / a[:-1]])
         return Schedule(betas=betas, timesteps=self.timesteps[keep])
 
-# %% ../nbs/02_schedules.ipynb #c004
+# %% ../nbs/02_schedules.ipynb #c019
 def linear_schedule(T: int = 1000, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
     r"""The paper's schedule: $\beta_t$ rises linearly from ``beta_1`` to ``beta_T`` over ``T`` steps.
 
@@ -130,6 +180,17 @@ def linear_schedule(T: int = 1000, *, beta_1: float = 1e-4, beta_T: float = 0.02
         Number of steps (the paper: 1000, without a sweep).
     beta_1, beta_T
         First and last variance. Appendix C of the paper prints the last one as $\beta_2$ (decision 15).
+
+    Returns
+    -------
+    The schedule, with ``timesteps`` ``0..T``.
+
+    Raises
+    ------
+    InputError
+        If ``T`` is not positive or a variance lies outside (0, 1).
     """
+    if T < 1:
+        raise InputError(f"T must be a positive number of steps, got {T}")
     inner = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
     return Schedule(betas=torch.cat([torch.zeros(1, dtype=torch.float64), inner]), timesteps=torch.arange(T + 1))

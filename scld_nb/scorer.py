@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Item', 'Scorer', 'train_scorer', 'n_to_generate', 'keep_top', 'bounded_queue']
 
-# %% ../nbs/07_scorer.ipynb #c002
+# %% ../nbs/07_scorer.ipynb #c003
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -21,9 +21,17 @@ from torch import nn
 from .data import CellReader, InputError
 from .training import counter_seed, progress_bar
 
-# %% ../nbs/07_scorer.ipynb #c003
+# %% ../nbs/07_scorer.ipynb #c008
 class Scorer(nn.Module):
-    """Three linear maps G -> 256 -> 64 -> 2 with ReLU between; the two outputs are "fake" and "real" (decision 29)."""
+    """Three linear maps G -> 256 -> 64 -> 2 with ReLU between; the two outputs are "fake" and "real" (decision 29).
+
+    Parameters
+    ----------
+    n_genes
+        G, the width of a cell.
+    hidden
+        Widths of the two hidden layers.
+    """
 
     def __init__(self, n_genes: int, *, hidden: tuple[int, int] = (256, 64)):
         super().__init__()
@@ -38,7 +46,7 @@ class Scorer(nn.Module):
         """Probability of "real", shape ``(n,)``."""
         return F.softmax(self(x).float(), dim=1)[:, 1]
 
-# %% ../nbs/07_scorer.ipynb #c004
+# %% ../nbs/07_scorer.ipynb #c013
 def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, seed: int = 0, device: torch.device,
                  batch_size: int = 128, epochs: int = 30, patience: int = 3, holdout: float = 0.1, lr: float = 1e-3,
                  show: bool | None = None) -> dict:
@@ -46,16 +54,35 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
 
     Parameters
     ----------
+    scorer
+        Trained in place; ends with the weights of the best epoch.
     real
         Training cells in model space. As many of them as there are fakes are used, drawn without replacement.
     fake
         Generated cells in model space, shape ``(n_fake, n_genes)``.
+    seed
+        Fixes which cells are used, the held-out part and the batches.
+    device
+        Where the Scorer is.
+    batch_size
+        Cells per step, half of them real.
+    epochs, patience
+        Most epochs, and how many without a lower held-out loss are waited for.
     holdout
         Share of both kinds kept apart to decide when to stop.
+    lr
+        Step size of AdamW.
+    show
+        Show a progress bar.
 
     Returns
     -------
     ``epochs``, ``loss`` and ``accuracy`` on the held-out part at the best epoch, and ``n_real``, ``n_fake``.
+
+    Raises
+    ------
+    InputError
+        With fewer than 10 cells of either kind.
 
     Notes
     -----
@@ -64,7 +91,8 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
     rng = np.random.default_rng(counter_seed(seed, "scorer"))
     n = min(real.n_obs, fake.shape[0])
     if n < 10:
-        raise InputError(f"the Scorer needs at least 10 real and 10 generated cells, got {real.n_obs} and {fake.shape[0]}; pass scorer=False")
+        raise InputError(f"the Scorer needs at least 10 real and 10 generated cells, got {real.n_obs} and {fake.shape[0]}; "
+                         "pass scorer=False")
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
@@ -102,12 +130,12 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
     scorer.eval()
     return best | {"n_real": int(n), "n_fake": int(n)}
 
-# %% ../nbs/07_scorer.ipynb #c005
+# %% ../nbs/07_scorer.ipynb #c021
 def n_to_generate(n: int, keep: float) -> int:
     """Cells to generate so that ``n`` remain: ceil(n / keep)."""
     return int(np.ceil(np.round(n / keep, 9)))
 
-
+# %% ../nbs/07_scorer.ipynb #c022
 def keep_top(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: float = 0.8) -> np.ndarray:
     r"""Rows of the ``keep`` best-scored cells of each label, in their original order.
 
@@ -120,6 +148,15 @@ def keep_top(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: floa
         ``None`` ranks all cells together.
     keep
         Share in (0, 1]; of ``m`` cells ``floor(keep * m)`` are kept, at least one.
+
+    Returns
+    -------
+    Row numbers, ascending.
+
+    Raises
+    ------
+    InputError
+        If ``keep`` is out of range.
 
     References
     ----------
@@ -136,17 +173,21 @@ def keep_top(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: floa
         rows.append(members[np.argsort(-scores[members], kind="stable")[:m]])
     return np.sort(np.concatenate(rows)) if rows else np.zeros(0, dtype=int)
 
-# %% ../nbs/07_scorer.ipynb #c006
+# %% ../nbs/07_scorer.ipynb #c033
 Item = TypeVar("Item")
 
 
-def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4) -> Iterator[Item]:
+def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4, stop: threading.Event | None = None) -> Iterator[Item]:
     """Run a producer in its own thread and hand its items over through a bounded queue.
 
     Parameters
     ----------
     produce
         Iterated in the other thread; it waits when ``maxsize`` items are ready (back-pressure).
+    maxsize
+        Most items that wait.
+    stop
+        Set when the consumer is done or gone; a producer of slow items may watch it and end early.
 
     Yields
     ------
@@ -158,7 +199,7 @@ def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4) -> Iterator[Item
     The storage queue named in the conclusion of the paper (decision 31).
     """
     ready: queue.Queue = queue.Queue(maxsize=maxsize)
-    stop, end = threading.Event(), object()
+    stop, end = threading.Event() if stop is None else stop, object()
 
     def put(item: object) -> bool:
         while not stop.is_set():

@@ -607,6 +607,13 @@ def test_preprocess_counts_an_explicit_zero_as_absent():
     assert preprocess(raw, min_genes=1).n_vars == 11
 
 
+def test_the_filters_keep_what_just_reaches_them():
+    assert preprocess(as_adata(np.ones((3, 10)))).shape == (3, 10)
+    short = np.ones((4, 10))
+    short[3, 0] = 0  # nine genes
+    assert preprocess(as_adata(short)).shape == (3, 10)
+
+
 def test_nothing_left():
     with pytest.raises(InputError, match="nothing is left of 2 x 2; lower min_genes or min_cells"):
         preprocess(as_adata([[1, 2], [3, 4]]))
@@ -682,6 +689,10 @@ def test_the_resolution_is_searched_for_the_expected_number():
     assert done["n_clusters"] == done["n_clusters_expected"] == 6
     assert done["resolution_asked"] == 3.0 and 0.05 <= done["resolution"] <= 0.5
     assert adjusted_rand_score(found.obs["louvain"], labels) == 1
+    embedded = read_dataset("pbmc68k_reduced")
+    for resolution, n_clusters, sign in ((0.15, 5, -1), (0.05, 6, 1)):
+        done = cluster(embedded, flavor="igraph", resolution=resolution, n_clusters=n_clusters).uns["scld_data"]["clustering"]
+        assert done["n_clusters"] == n_clusters and np.sign(done["resolution"] - resolution) == sign
 
 
 def test_an_impossible_number_is_said():
@@ -701,6 +712,19 @@ def test_without_the_louvain_package_igraph_is_used(monkeypatch):
     assert len(caught) == 1
     assert out.uns["scld_data"]["clustering"]["flavor"] == "igraph"
     assert adjusted_rand_score(out.obs["louvain"], labels) == 1
+
+
+def test_versions_name_what_is_missing(monkeypatch):
+    ask = data.version
+
+    def without_louvain(package):
+        if package == "louvain":
+            raise data.PackageNotFoundError
+        return ask(package)
+
+    monkeypatch.setattr(data, "version", without_louvain)
+    versions = data._versions()
+    assert versions["louvain"] == "not installed" and versions["scanpy"] == sc.__version__
 
 
 def test_cluster_errors():

@@ -1,0 +1,50 @@
+"""Shared by all tests: one thread (so that results are the same to the bit in every process), planted cells, a tiny model."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+torch.set_num_threads(1)
+
+TINY = {"T": 20, "latent": 16, "hidden": 32, "widths": (32, 16), "e_width": 16, "ema": 0.9, "batch_size": 64}
+
+
+def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed: int = 0) -> ad.AnnData:
+    """Gamma-Poisson counts of three cell types "B", "NK" and "T"; most genes tell the types apart."""
+    rng = np.random.default_rng(seed)
+    counts = np.floor(np.array(shares) * n).astype(int)
+    counts[0] += n - counts.sum()
+    types = rng.permutation(np.repeat(np.arange(len(shares)), counts))
+    profile = np.random.default_rng(1).gamma(0.7, 4.0, (len(shares), n_genes)) + 0.3
+    rate = profile[types] * rng.gamma(5.0, 0.2, (n, 1))
+    x = rng.poisson(rng.gamma(2.0, rate / 2.0)).astype(np.float32)
+    x[:, 0] += 1                                              # no cell without a count
+    obs = pd.DataFrame({"cell_type": pd.Categorical(np.array(["B", "NK", "T"])[types])}, index=[f"cell{seed}_{i}" for i in range(n)])
+    return ad.AnnData(sp.csr_matrix(x), obs=obs, var=pd.DataFrame(index=[f"gene{g}" for g in range(n_genes)]))
+
+
+@pytest.fixture(scope="session")
+def cells() -> ad.AnnData:
+    """300 cells x 60 genes of 3 types; treat as read-only."""
+    return planted_cells()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict:
+    """Settings of a model that trains in a second or two."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(cells):
+    """A model trained on `cells`; treat as read-only."""
+    from scld_nb.model import SCLD
+
+    return SCLD(cells, "cell_type", device="cpu", **TINY).train(200, progress=False)

@@ -1,0 +1,383 @@
+"""The protocol: spaces, equal n, controls, reports."""
+
+import json
+import os
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scld_nb.data import InputError, library_normalize
+from scld_nb.evaluation import COLUMNS, SPACES, Report, compare, evaluate, expression, make_controls
+from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc
+
+TYPES = np.array(["a", "b", "c"])
+
+
+def cells(n, genes=40, seed=0, share=None):
+    """Generated real cells with counts and types; profiles are the same for every seed."""
+    rng = np.random.default_rng(seed)
+    profiles = np.random.default_rng(99).gamma(0.5, 1, (3, genes)) + 0.05
+    labels = rng.choice(3, size=n, p=share)
+    counts = rng.poisson(rng.gamma(3, profiles[labels] * rng.gamma(4, 0.25, (n, 1)) * 2 / 3)).astype(np.float32)
+    counts[:, 0] += 1  # no empty cell
+    names = [f"gene{g}" for g in range(genes)]
+    index = [f"cell{seed}-{i}" for i in range(n)]
+    return ad.AnnData(
+        sp.csr_matrix(counts), obs=pd.DataFrame({"type": pd.Categorical(TYPES[labels])}, index=index), var=pd.DataFrame(index=names)
+    )
+
+
+def synthetic(source, scale="counts20k", values=None, **uns):
+    values = library_normalize(source.X) if values is None else values
+    return ad.AnnData(values, obs=source.obs.copy(), var=source.var.copy(), uns={"scld": {"scale": scale, **uns}})
+
+
+QUICK = {"n_trees": 15, "n_jobs": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return cells(60, seed=1), cells(90, seed=2), cells(150, seed=3)
+
+
+@pytest.fixture(scope="module")
+def report(groups):
+    real, fake, train = groups
+    return evaluate(real, synthetic(fake, method="m"), train=train, labels_key="type", min_cluster=10, dataset="d", **QUICK)
+
+
+# --- spaces
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("space", SPACES)
+def test_every_scale_comes_back_to_the_same_cells(space, dense):
+    real = cells(30)
+    linear = library_normalize(real.X)
+    form = (lambda m: m.toarray()) if dense else (lambda m: m.copy())
+    wanted = linear.toarray() if space == "counts20k" else np.log1p(linear.toarray())
+    for given in (
+        ad.AnnData(form(real.X), var=real.var),
+        synthetic(real, "counts", form(real.X)),
+        synthetic(real, "counts20k", form(linear)),
+        synthetic(real, "log1p20k", form(linear.log1p())),
+    ):
+        before = given.X.copy()
+        found = expression(given, space)
+        found = found.toarray() if sp.issparse(found) else found
+        assert found.dtype == np.float32 and np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        assert abs(given.X - before).max() == 0  # input left alone
+
+
+def test_real_counts_come_from_the_layer():
+    real = cells(10)
+    normalised = ad.AnnData(library_normalize(real.X), var=real.var, layers={"counts": real.X, "raw": 2 * real.X})
+    assert np.allclose(expression(normalised, "counts20k").toarray(), library_normalize(real.X).toarray())
+    assert np.allclose(expression(normalised, "counts20k", layer="raw").toarray(), library_normalize(real.X).toarray())
+    with pytest.raises(InputError):
+        expression(ad.AnnData(library_normalize(real.X), var=real.var))
+
+
+def test_negative_values_are_clipped_before_rescaling():
+    values = np.array([[-5.0, 1.0, 3.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]], dtype=np.float32)
+    for form in (values, sp.csr_matrix(values)):
+        found = expression(ad.AnnData(form, uns={"scld": {"scale": "counts20k"}}), "counts20k")
+        found = found.toarray() if sp.issparse(found) else found
+        assert np.allclose(found, [[0, 5000, 15000], [0, 0, 0], [0, 0, 0]])
+    logs = expression(ad.AnnData(values, uns={"scld": {"scale": "log1p20k"}}), "counts20k")
+    assert np.allclose(logs[0], [0, *np.expm1([1, 3]) / np.expm1([1, 3]).sum() * 20_000], rtol=1e-5)
+
+
+def test_genes_are_matched_by_name_and_rescaled_after():
+    real = cells(12, genes=6)
+    order = ["gene4", "gene0", "gene2"]
+    found = expression(real[:, ::-1].copy(), "counts20k", genes=order).toarray()
+    wanted = real.X.toarray()[:, [4, 0, 2]]
+    assert np.allclose(found, wanted / wanted.sum(axis=1, keepdims=True) * 20_000, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given, options, message",
+    [
+        (lambda: cells(5), {"space": "raw"}, "'counts20k' or 'log1p'"),
+        (lambda: synthetic(cells(5), "log2"), {}, "'log1p20k'"),
+        (lambda: cells(5), {"genes": ["gene1", "x1", "x2", "x3", "x4"]}, "lacks 4 of 5 genes (x1, x2, x3, ...)"),
+        (lambda: cells(5), {"genes": ["gene1", "x1"]}, "(x1)"),
+        (lambda: synthetic(cells(5), "counts20k", np.full((5, 40), np.nan)), {}, "200 values that are not finite"),
+        (lambda: synthetic(cells(5), "log1p20k", np.full((5, 40), 1000.0)), {}, "not finite"),
+        (lambda: ad.AnnData(-np.eye(3, dtype=np.float32)), {}, "negative"),
+    ],
+)
+def test_expression_refuses(given, options, message):
+    with pytest.raises(InputError) as error:
+        expression(given(), **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Variable names")
+def test_expression_refuses_repeated_genes():
+    twice = cells(5)
+    twice.var_names = ["gene1", *twice.var_names[1:]]
+    with pytest.raises(InputError, match="'gene1' more than once"):
+        expression(synthetic(twice), name="synth")
+
+
+# --- evaluate
+
+
+def test_records_hold_what_the_functions_give(groups):
+    real, fake, train = groups
+    made = synthetic(fake[:60].copy())
+    found = evaluate(real, made, train=train, seed=4, **QUICK)
+    for space in SPACES:
+        a, b = expression(real, space), expression(made, space)
+        m = mmd_bandwidth(a, seed=4)
+        assert found.value("rf_auc", space) == rf_auc(a, b, n_trees=15, seed=4).auc
+        assert found.value("rf_auc_depth5", space) == rf_auc(a, b, n_trees=15, max_depth=5, seed=4).auc
+        assert found.value("mmd_biased", space) == mmd(a, b, bandwidth=m).biased
+        assert found.value("mmd_unbiased_squared", space) == mmd(a, b, bandwidth=m).unbiased_squared
+        assert found.settings["bandwidth"][space] == m
+    with pytest.raises(KeyError):
+        found.value("rf_auc", cluster="none")
+
+
+def test_records_are_complete(report):
+    frame = report.to_frame()
+    assert list(frame.columns) == COLUMNS and all(list(r) == COLUMNS for r in report.records)
+    assert set(frame["dataset"]) == {"d"} and set(frame["method"]) == {"m"}
+    pooled = frame[frame["cluster"] == "all"]
+    assert sorted(pooled["metric"]) == sorted(2 * ["rf_auc", "rf_auc_depth5", "mmd_biased", "mmd_unbiased_squared"] + ["purity"])
+    areas = pooled[pooled["metric"].str.startswith("rf_auc")]
+    assert (areas["n"] == 60).all() and np.allclose(areas["null_sd"], auc_null_sd(60)) and areas["negative"].notna().all()
+    assert np.allclose(areas["distance"], (areas["value"] - 0.5).abs())
+    assert any("n_real = n_fake = 60 (of 60 real and 90 synthetic" in note for note in report.notes)
+
+
+def test_flag_stands_in_the_line_of_the_result(report):
+    for r in report.records:
+        off = r["metric"].startswith("rf_auc") and r["control"] is not None and abs(r["control"] - 0.5) > 0.03
+        assert bool(r["flag"]) == off
+        if off:
+            assert f"{r['control']:.3f} outside 0.50 ± 0.03" in r["flag"] and "null sd" in r["flag"]
+            line = [s for s in str(report).splitlines() if r["flag"] in s and r["space"] in s and r["metric"] in s]
+            assert line
+
+
+def test_labels_are_judged_one_by_one(report, groups):
+    real, fake, train = groups
+    frame = report.to_frame().query("metric == 'rf_auc' and cluster != 'all'")
+    sizes = pd.DataFrame({k: g.obs["type"].value_counts() for k, g in zip("rf", (real, fake))}).min(axis=1)
+    assert dict(zip(frame["cluster"], frame["n"])) == {k: v for k, v in sizes.items() if v >= 10}
+    assert set(frame["space"]) == set(SPACES) and frame["control"].notna().all()
+    share = report.value("purity")
+    assert share > 0.8 and report.to_frame().query("metric == 'purity'")["control"].iloc[0] > 0.8
+
+
+def test_small_labels_are_left_out_by_name(groups):
+    real, fake, _ = groups
+    found = evaluate(real, synthetic(fake), labels_key="type", min_cluster=1000, spaces="log1p", negative=False, **QUICK)
+    assert any(note.startswith("left out, fewer than 1000 cells: type a (") for note in found.notes)
+    assert {r["cluster"] for r in found.records} == {"all"} and {r["space"] for r in found.records} == {"log1p"}
+    assert all(r["negative"] is None for r in found.records)
+
+
+def test_purity_notices_exchanged_labels(groups):
+    real, fake, train = groups
+    wrong = synthetic(fake)
+    wrong.obs["type"] = wrong.obs["type"].map({"a": "b", "b": "c", "c": "a"})
+    found = evaluate(real, wrong, train=train, labels_key="type", spaces="log1p", negative=False, **QUICK)
+    assert found.value("purity") < 0.2
+
+
+def test_reused_controls_change_nothing(groups, report):
+    real, fake, train = groups
+    stored = json.loads(json.dumps(report.controls))
+    again = evaluate(real, synthetic(fake, method="m"), train=train, labels_key="type", min_cluster=10, dataset="d", controls=stored, **QUICK)
+    assert again.records == report.records and again.controls == report.controls == stored
+    other = evaluate(real, synthetic(cells(70, seed=8)), controls=stored, **QUICK)  # training cells are not needed then
+    assert other.controls["spaces"] == report.controls["spaces"]
+    for a, b in zip(other.records, report.records):
+        assert (a["control"], a["negative"]) == (b["control"], b["negative"])
+
+
+def test_make_controls_is_what_evaluate_uses(groups, report):
+    real, _, train = groups
+    made = make_controls(expression(real, "counts20k"), expression(train, "counts20k"), n=60, n_trees=15)
+    assert made["spaces"] == report.controls["spaces"] and made["clusters"] == {}
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        ({}, {"seed": 1}, "seed=0"),
+        ({}, {"n_max": 50}, "n=60"),
+        ({}, {"n_trees": 16}, "n_trees=15"),
+        ({}, {"train": cells(80, seed=77)}, "train="),
+        ({"real": "0"}, {}, "real=0"),
+        ({"spaces": {}}, {}, "lack the space"),
+        ({"spaces": {s: {"bandwidth": 1.0, "positive": {}, "negative": None} for s in SPACES}}, {}, "negative control"),
+        ({"spaces": None}, {}, "not what Report.controls holds"),
+    ],
+)
+def test_controls_of_another_comparison_are_refused(groups, report, change, options, message):
+    real, fake, _ = groups
+    with pytest.raises(InputError) as error:
+        evaluate(real, synthetic(fake), controls=report.controls | change, **(QUICK | options))
+    assert message in str(error.value)
+
+
+def test_without_training_cells_halves_are_compared(groups):
+    real, fake, _ = groups
+    found = evaluate(real, synthetic(fake), spaces=["log1p"], **QUICK)
+    assert all(r["control_n"] == 30 and r["n"] == 60 for r in found.records)
+    assert "halves of the real cells, 30 against 30" in str(found)
+
+
+def test_fewer_training_cells_are_said(groups):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake), train=train[:40].copy(), spaces=["log1p"], negative=False, **QUICK)
+    assert all(r["control_n"] == 40 for r in found.records) and "only 40 training cells" in str(found)
+
+
+def test_cells_in_both_groups_are_said(groups):
+    real, fake, _ = groups
+    found = evaluate(real, synthetic(fake), train=real, spaces=["log1p"], negative=False, **QUICK)
+    assert "60 cell names are in both real and train" in str(found)
+
+
+def test_real_cells_compared_do_not_depend_on_the_synthetic_ones(groups):
+    real, fake, train = groups
+    one = evaluate(real, synthetic(fake), train=train, n_max=40, spaces=["log1p"], **QUICK)
+    two = evaluate(real, synthetic(cells(200, seed=9)), train=train, n_max=40, spaces=["log1p"], **QUICK)
+    assert one.controls == two.controls and one.records[0]["n"] == 40
+    assert one.records == evaluate(real, synthetic(fake), train=train, n_max=40, spaces=["log1p"], **QUICK).records
+
+
+def test_the_scale_of_the_synthetic_cells_does_not_matter(groups):
+    real, fake, train = groups
+    linear = library_normalize(fake.X)
+    reordered = synthetic(fake, "log1p20k", linear.log1p())[:, ::-1].copy()
+    one = evaluate(real, synthetic(fake), train=train, negative=False, **QUICK)
+    two = evaluate(real, reordered, train=train, negative=False, **QUICK)
+    for a, b in zip(one.records, two.records):
+        assert a["value"] == pytest.approx(b["value"], abs=4 * auc_null_sd(60) if a["metric"].startswith("rf") else 1e-4)
+
+
+def test_control_of_a_thousand_cells_is_a_half_and_shuffled_cells_are_not():
+    real, fake, train = cells(1000, seed=11), cells(1000, seed=12), cells(1500, seed=13)
+    controls = make_controls(expression(real, "counts20k"), expression(train, "counts20k"), n=1000, n_trees=40, spaces=["log1p"])
+    entry = controls["spaces"]["log1p"]
+    assert abs(entry["positive"]["rf_auc"] - 0.5) <= 0.03 and abs(entry["positive"]["rf_auc_depth5"] - 0.5) <= 0.04
+    assert abs(entry["positive"]["mmd_unbiased_squared"]) < 2e-3 and entry["negative"]["rf_auc"] > 0.9
+    found = evaluate(real, synthetic(fake), controls=controls, spaces=["log1p"], n_trees=40, n_jobs=1, progress=False)
+    assert abs(found.value("rf_auc") - 0.5) <= 0.03 and not any(r["flag"] for r in found.records if r["metric"] == "rf_auc")
+
+
+def test_compare_gives_pairs():
+    rng = np.random.default_rng(0)
+    found = compare(*rng.normal(size=(2, 20, 5)), bandwidth=1.0, n_trees=5)
+    assert found["rf_auc"][1] is not None and found["mmd_biased"][1] is None
+
+
+def test_names_come_from_the_cells(groups):
+    real, fake, _ = groups
+    real = real.copy()
+    real.uns["scld_data"] = {"name": "own"}
+    found = evaluate(real, synthetic(fake, method="SCLD"), spaces=["log1p"], negative=False, **QUICK)
+    assert {(r["dataset"], r["method"]) for r in found.records} == {("own", "SCLD")}
+    assert {(r["dataset"], r["method"]) for r in evaluate(fake, real, spaces=["log1p"], negative=False, **QUICK).records} == {("data", "synthetic")}
+
+
+def test_progress_is_quiet_in_notebook_tests(groups, capfd, monkeypatch):
+    real, fake, _ = groups
+    options = QUICK | {"progress": None, "spaces": ["log1p"], "negative": False, "n_trees": 2}
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("IN_TEST", "1")
+    evaluate(real, synthetic(fake), **options)
+    assert capfd.readouterr().err == ""
+    monkeypatch.delenv("IN_TEST")
+    evaluate(real, synthetic(fake), **options)
+    assert "evaluate" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"spaces": ["raw"]}, "counts20k, log1p"),
+        ({"spaces": []}, "counts20k, log1p"),
+        ({"n_trees": 0}, "n_trees is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"n_max": 4}, "only 4 cells a side"),
+        ({"n_max": 9}, "at least 10"),
+        ({"train": cells(3)}, "train has 3 cells"),
+        ({"labels_key": "kind"}, "real.obs has no column 'kind': it has type"),
+        ({"train": cells(30, genes=30)}, "train lacks 10 of 40 genes"),
+        ({"train": cells(50, share=[0.5, 0.5, 0]), "labels_key": "type"}, "synth has the label 'c'"),
+    ],
+)
+def test_evaluate_refuses(groups, options, message):
+    real, fake, _ = groups
+    with pytest.raises(InputError) as error:
+        evaluate(real, synthetic(fake), **(QUICK | options))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_evaluate_refuses_missing_genes(groups):
+    real, fake, _ = groups
+    with pytest.raises(InputError, match="synth lacks 1 of 40 genes"):
+        evaluate(real, synthetic(fake)[:, 1:].copy(), **QUICK)
+
+
+# --- the report
+
+
+def test_report_round_trip(report, tmp_path):
+    report.tsne()
+    assert report.save(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    again = Report.load(tmp_path / "new" / "folder")
+    assert again == report and str(again) == str(report) and again.tsne() == report.tsne()
+    table = pd.read_csv(tmp_path / "new" / "folder" / "report.csv")
+    assert list(table.columns) == COLUMNS and np.allclose(table["value"], [r["value"] for r in report.records])
+    content = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
+    assert content["format"] == 1 and content["records"] == report.records
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["report.csv", "report.json"]
+
+
+def test_report_shows_itself(report):
+    text, page = str(report), report._repr_html_()
+    assert all(note in text for note in report.notes) and "<table" in page and "control" in page
+    assert str(Report([], {}, ["nothing"], {})) == "nothing\n(no result)"
+
+
+def test_report_coordinates(report, groups):
+    coords = report.tsne()
+    assert np.shape(coords["real"]) == np.shape(coords["synthetic"]) == (60, 2)
+    assert set(coords["real_labels"]) <= set(TYPES) and len(coords["synthetic_labels"]) == 60
+    assert report.tsne() is coords
+    real, fake, _ = groups
+    plain = evaluate(real, synthetic(fake), spaces=["log1p"], negative=False, **QUICK).tsne()
+    assert sorted(plain) == ["real", "synthetic"]
+
+
+def test_a_file_is_never_half_written(report, tmp_path, monkeypatch):
+    report.save(tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        Report([], {}, [], {}).save(tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 2}'])
+def test_load_refuses(content, tmp_path):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="report"):
+        Report.load(tmp_path)
