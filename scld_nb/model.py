@@ -20,7 +20,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from scipy import sparse
 
@@ -322,6 +322,7 @@ class SCLD:
         self._reader: CellReader | None = CellReader(counts, target_sum=TARGET_SUM, transform=self.config.transform)
         self.history: dict[str, dict] = {}
         self.fingerprint = self._fingerprint(counts)
+        _check_noise(self.config)
         self._build(cluster_means(self._reader, self._codes, len(self.labels)))
 
     def _fingerprint(self, counts: sparse.csr_matrix) -> str:
@@ -396,6 +397,8 @@ class SCLD:
         if autoencoder is not None:
             self._take_autoencoder(autoencoder)
         else:
+            if resume and folder is not None and file("denoiser").exists():
+                _same_autoencoder(file("autoencoder"), ae_steps)
             done = train_autoencoder(self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common)
             self._note("autoencoder", done)
         latents = fit_latent_statistics(self.autoencoder, self._reader, device=self.device)
@@ -632,6 +635,26 @@ class SCLD:
             what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"the model in {folder} is damaged: its files do not fit together ({what}); save it again") from None
         return model
+
+
+def _check_noise(config: Config) -> None:
+    """Warn of a schedule that ends far from pure noise, where sampling starts."""
+    left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
+    if left > 0.1:
+        warnings.warn(f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but sampling "
+                      f"starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000", stacklevel=3)
+
+
+def _same_autoencoder(path: Path, ae_steps: int) -> None:
+    """Refuse to continue a denoiser on latents that would change beneath it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = json.loads((file.metadata() or {})["meta"])["step"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return                                       # absent or damaged: chapter 05 deals with it
+    if step != ae_steps:
+        raise InputError(f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
+                         f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there")
 
 
 def _whole(name: str, value, *, least: int = 1) -> int:

@@ -193,7 +193,7 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
                 on_step(t)
     return z
 
-# %% ../nbs/06_sampling.ipynb #c039
+# %% ../nbs/06_sampling.ipynb #c041
 def guided_sampler(denoiser: Denoiser, k: torch.Tensor, omega: float, *,
                    precision: str = "auto") -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     r"""$\tilde\epsilon(z,t)$ for fixed conditions and weight, as `sample_latents` takes it.

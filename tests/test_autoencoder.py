@@ -173,16 +173,14 @@ def test_reduced_precision_ends_in_float32(x):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 1000), st.integers(2, 60), st.integers(1, 12))
+@given(st.integers(0, 1000), st.integers(12, 60), st.integers(1, 12))
 def test_training_latents_are_standardised(seed, n, d):
     reader = CellReader(planted(n, 40, 2, seed=seed)[0])
     ae = seeded(Autoencoder, 40, d, hidden=16, seed=seed)
     z = fit_latent_statistics(ae, reader, device=CPU)
     assert z.shape == (n, d) and z.dtype == torch.float32
-    moving = z.std(0, correction=0) > 0
-    assert z.mean(0).abs().max() < 1e-4
-    assert ((z.std(0, correction=0) - 1).abs()[moving] < 1e-4).all()
-    assert torch.allclose(encode_cells(ae, reader, device=CPU), z, atol=1e-3)
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-5
+    assert ((encode_cells(ae, reader, device=CPU) - z) * ae.latent_std).abs().max() < 1e-4
 
 
 def test_statistics_are_those_of_the_raw_latents(reader, x):

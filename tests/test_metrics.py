@@ -206,7 +206,7 @@ numbers = st.floats(-50, 50, width=32)
 pairs = st.integers(2, 7).flatmap(lambda n: st.tuples(arrays(float, (n, 3), elements=numbers), arrays(float, (n, 3), elements=numbers)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs, st.floats(0.1, 50), st.randoms(use_true_random=False))
 def test_mmd_properties(groups, bandwidth, random):
     real, fake = groups
@@ -219,7 +219,7 @@ def test_mmd_properties(groups, bandwidth, random):
         assert other.biased**2 == pytest.approx(found.biased**2, abs=1e-7)
         assert other.unbiased_squared == pytest.approx(found.unbiased_squared, abs=1e-7)
     assert 0 <= found.biased <= np.sqrt(6) + 1e-9
-    assert mmd(real, real, bandwidth=bandwidth).biased < 1e-6
+    assert mmd(real, real, bandwidth=bandwidth).biased**2 < 1e-9
     assert mmd(3 * real, 3 * fake, bandwidth=3 * bandwidth).biased**2 == pytest.approx(found.biased**2, abs=1e-7)
 
 
