@@ -182,7 +182,7 @@ def check_space(folder: Path, model, cells: "AnnData") -> None:
     from scld_nb.data import InputError
 
     weights = sum(p.numel() * 4 for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters())
-    needed = 6 * weights + 8 * cells.layers["counts"].nnz    # checkpoints: weights, averages and two moments
+    needed = 10 * weights + 8 * cells.layers["counts"].nnz    # a checkpoint is 4 times its part, twice while replaced
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder} has {free / 2**20:.0f} MiB free, training needs about {needed / 2**20:.0f} MiB; "

@@ -19,6 +19,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
 
 from .data import InputError
 
@@ -58,6 +59,12 @@ def _stack(groups: list):
     if 3 * filled <= size:
         return sp.vstack([sp.csr_matrix(m) for m in groups], format="csr")
     return np.vstack([m.toarray() if sp.issparse(m) else m for m in groups]).astype(np.float32, copy=False)
+
+
+def _threads(*matrices) -> threadpool_limits:
+    "One thread for linear algebra on small matrices, where several mostly wait for one another; else no limit."
+    small = sum(m.shape[0] * m.shape[1] for m in matrices) < 20_000_000
+    return threadpool_limits(1 if small else None)
 
 
 def _fit_pca(matrix, n_pcs: int, seed: int):
@@ -133,8 +140,9 @@ def rf_aucs(
     for fit, held in StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), is_real):
         x_fit, x_held = cells[fit], cells[held]
         if n_pcs is not None:
-            pca = _fit_pca(x_fit, n_pcs, seed)
-            x_fit, x_held = pca.transform(x_fit), pca.transform(x_held)
+            with _threads(cells):
+                pca = _fit_pca(x_fit, n_pcs, seed)
+                x_fit, x_held = pca.transform(x_fit), pca.transform(x_held)
         for depth in areas:
             forest = RandomForestClassifier(
                 n_trees, criterion="gini", max_features="sqrt", max_depth=depth, random_state=seed, n_jobs=n_jobs
@@ -297,7 +305,8 @@ def mmd_bandwidth(
     found = []
     for _ in range(repeats if size < n else 1):
         sample = _dense(real, np.sort(rng.choice(n, size, replace=False)), centre)
-        squares = _square_distances(sample, sample)
+        with _threads(sample):
+            squares = _square_distances(sample, sample)
         np.fill_diagonal(squares, np.inf)
         near = np.sqrt(np.partition(squares, wanted - 1, axis=1)[:, :wanted])
         found.append(np.median(near if rule == "median" else near.mean(axis=1)))
@@ -395,8 +404,9 @@ def mmd(real, fake, *, bandwidth: float, weight: float = 1.0) -> MMDResult:
     real, fake = _pair(real, fake, 2)
     n = real.shape[0]
     centre = np.asarray(real.mean(axis=0), dtype=np.float64).ravel()
-    rr, ff = (weight * _kernel_sum(x, None, bandwidth, centre) for x in (real, fake))
-    rf = weight * _kernel_sum(real, fake, bandwidth, centre)
+    with _threads(real, fake):
+        rr, ff = (weight * _kernel_sum(x, None, bandwidth, centre) for x in (real, fake))
+        rf = weight * _kernel_sum(real, fake, bandwidth, centre)
     own = 3 * weight * n  # k(a, a) = 3 w
     biased = (rr + own + ff + own - 2 * rf) / n**2
     unbiased = (rr + ff) / (n * (n - 1)) - 2 * rf / n**2
@@ -487,9 +497,11 @@ def tsne(groups: Sequence, *, n_pcs: int = 50, perplexity: float = 30.0, seed: i
     if sum(sizes) < 5:
         raise InputError(f"{sum(sizes)} cells are too few for a t-SNE: give at least 5")
     cells = _stack(matrices)
-    scores = _fit_pca(cells, n_pcs, seed).transform(cells)
     embedding = TSNE(2, perplexity=min(perplexity, (sum(sizes) - 1) / 3), init="pca", random_state=seed)
-    return np.split(embedding.fit_transform(scores), np.cumsum(sizes)[:-1])
+    with _threads(cells):
+        scores = _fit_pca(cells, n_pcs, seed).transform(cells)
+        points = embedding.fit_transform(scores)
+    return np.split(points, np.cumsum(sizes)[:-1])
 
 # %% ../nbs/09_metrics.ipynb #c061
 def label_classifier(train, labels, *, n_pcs: int = 50, seed: int = 0) -> Pipeline:
@@ -521,8 +533,9 @@ def label_classifier(train, labels, *, n_pcs: int = 50, seed: int = 0) -> Pipeli
         raise InputError(f"labels has shape {labels.shape} and train {train.shape[0]} cells: give one label per cell")
     if len(np.unique(labels)) < 2:
         raise InputError(f"labels holds only {np.unique(labels).tolist()}: a classifier needs at least 2 labels")
-    pca = _fit_pca(train, n_pcs, seed)
-    regression = LogisticRegression(max_iter=2000, random_state=seed).fit(pca.transform(train), labels)
+    with _threads(train):
+        pca = _fit_pca(train, n_pcs, seed)
+        regression = LogisticRegression(max_iter=2000, random_state=seed).fit(pca.transform(train), labels)
     return Pipeline([("pca", pca), ("regression", regression)])
 
 # %% ../nbs/09_metrics.ipynb #c062
@@ -559,4 +572,5 @@ def purity(classifier: Pipeline, fake, requested) -> float:
     unknown = sorted(set(np.unique(wanted)) - set(classifier.classes_))
     if unknown:
         raise InputError(f"requested label {unknown[0]!r} is unknown: the classifier knows {', '.join(classifier.classes_)}")
-    return float(np.mean(classifier.predict(fake) == wanted))
+    with _threads(fake):
+        return float(np.mean(classifier.predict(fake) == wanted))

@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'PAPER', 'FORMAT', 'PARTS', 
 # %% ../nbs/08_model.ipynb #c003
 import hashlib
 import json
+import math
 import os
 import threading
 import warnings
@@ -453,6 +454,11 @@ class SCLD:
         m = proportional(n, self.label_counts)
         return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
 
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Map latents to cells; no gene can hold more than the whole library, whatever an untrained network says."""
+        most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
+        return self.autoencoder.decode(z).clamp_max(most)
+
     def _generate(self, k: np.ndarray, omega: float, *, seed: int, sampler: str = "ddpm", steps: int | None = None,
                   size: int = 1024, show: bool | None = None, desc: str = "sampling",
                   stream: bool = True) -> tuple[sparse.csr_matrix, np.ndarray]:
@@ -475,7 +481,7 @@ class SCLD:
         cells, scores = [], []
         with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
             for z in bounded_queue(latents(), stop=stop) if stream else latents():
-                x = self.autoencoder.decode(z)
+                x = self._decode(z)
                 scores.append(self.scorer.score(x).cpu().numpy() if "scorer" in self.history else np.full(len(z), np.nan))
                 cells.append(sparse.csr_matrix(x.cpu().numpy()))
         return sparse.vstack(cells, format="csr"), np.concatenate(scores)
@@ -586,7 +592,7 @@ class SCLD:
         """Map(Round(x)) of real cells: what the decoder alone makes of them, the bound for every generated cell."""
         z = torch.from_numpy(self.get_latent_representation(adata, layer=layer))
         with torch.no_grad():
-            x = [sparse.csr_matrix(self.autoencoder.decode(b.to(self.device)).cpu().numpy()) for b in z.split(2048)]
+            x = [sparse.csr_matrix(self._decode(b.to(self.device)).cpu().numpy()) for b in z.split(2048)]
         out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
         out.uns["scld"] = {"scale": SCALES[self.config.transform], "target_sum": TARGET_SUM, "version": __version__}
         return out

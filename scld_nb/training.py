@@ -395,7 +395,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
                 optimizer.step()
                 if ema:
                     with torch.no_grad():
-                        torch._foreach_lerp_(average, parameters, 1.0 - ema)
+                        torch._foreach_lerp_(average, parameters, 1.0 - min(ema, (1 + step) / (10 + step)))
                 losses.append(loss.detach())
                 step += 1
                 bar.update(1)

@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)
 
-TINY = {"T": 20, "beta_T": 0.6, "latent": 16, "hidden": 32, "widths": (32, 16), "e_width": 16, "ema": 0.9, "batch_size": 64}
+TINY = {"T": 20, "beta_T": 0.6, "latent": 16, "hidden": 32, "widths": (64, 32), "e_width": 16, "ema": 0.95, "lr": 3e-3, "batch_size": 64}
 
 
 def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed: int = 0) -> ad.AnnData:

@@ -1,0 +1,624 @@
+"""The command line: the whole path, every way to get it wrong, and trainings that are killed."""
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import planted_cells
+from safetensors.torch import load_file
+
+from scld_nb import cli, data, evaluation
+from scld_nb import model as model_module
+from scld_nb import training
+from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
+from scld_nb.data import InputError
+from scld_nb.model import SCLD
+
+SETTINGS = ("--set T=20 --set beta_T=0.6 --set latent=16 --set hidden=32 --set widths=64,32 --set e_width=16 --set ema=0.95 "
+            "--set lr=3e-3 --set batch_size=64")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with counts in cells.h5ad."""
+    folder = tmp_path_factory.mktemp("cli")
+    planted_cells(400, seed=2).write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+def call(line: str, *more: str) -> int:
+    return main([*shlex.split(line), *more])
+
+
+@pytest.fixture(scope="module")
+def trained(files) -> Path:
+    """A model trained through the command line, with its test and training cells."""
+    folder = files / "model"
+    assert call(f"train {files}/cells.h5ad -o {folder} --labels cell_type --steps 150 --device cpu {SETTINGS}") == 0
+    return folder
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path, monkeypatch):
+    """Run a command that must end with status 2 and one line, and return that line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str, *more: str) -> str:
+        capsys.readouterr()
+        assert call(line, *more) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("scld: error: ") and err.endswith("\n") and err.count("\n") == 1, (out, err)
+        assert "Traceback" not in err
+        return err.removeprefix("scld: error: ").rstrip()
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ---- the program
+
+
+def test_help_needs_no_heavy_imports():
+    code = """
+import sys
+from scld_nb.cli import main
+status = main(["--help"])
+assert status == 0, status
+heavy = [m for m in ("torch", "scanpy", "anndata", "pandas") if m in sys.modules]
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert all(word in done.stdout for word in ("datasets", "train", "sample", "evaluate")) and done.stderr == ""
+
+
+def test_console_script():
+    (script,) = entry_points(group="console_scripts", name="scld")
+    assert script.value == "scld_nb.cli:main" and script.load() is main
+
+
+def test_version_and_help_of_commands(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"scld_nb {cli.__version__}\n"
+    documented = {"datasets": "", "train": "DATA -o MODEL_DIR --labels --layer --head --steps 20000 --seed --device auto --resume --set",
+                  "sample": "MODEL_DIR -n -o OUT.h5ad --label --omega --sampler dpm++ --sampling-steps --keep 0.8 --seed",
+                  "evaluate": "REAL.h5ad SYNTH.h5ad --train --labels -o REPORT_DIR"}
+    for command, words in documented.items():
+        assert call(f"{command} --help") == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words.split()), command
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("", "Missing command; see 'scld --help'"),
+    ("trian", "No such command 'trian'"),
+    ("train", "see 'scld train --help'"),
+    ("train pbmc68k_reduced", "see 'scld train --help'"),
+    ("train pbmc68k_reduced -o m --stepz 3", "No such option: --stepz"),
+    ("train pbmc68k_reduced -o m --steps many", "see 'scld train --help'"),
+    ("train pbmc68k_reduced -o m --steps 0", "'--steps'"),
+    ("train pbmc68k_reduced -o m --seed -1", "'--seed'"),
+    ("sample m -o x.h5ad", "'-n'"),
+    ("sample m -n 0 -o x.h5ad", "'-n'"),
+    ("sample m -n 5 -o x.h5ad --omega high", "'--omega'"),
+    ("sample m -n 5 -o x.h5ad extra", "extra"),
+    ("evaluate a.h5ad", "see 'scld evaluate --help'"),
+])
+def test_usage_errors(refuse, line, message):
+    assert message in refuse(line)
+
+
+# ---- datasets
+
+
+def test_datasets(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SCLD_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("SCLD_DATASETS", raising=False)
+    assert call("datasets") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:4]}
+    assert list(rows) == ["pbmc68k_reduced", "pbmc68k", "brain_small"]
+    assert all(v in rows["pbmc68k"] for v in ("68,579", "17,789", " 10 ", "cf.10xgenomics.com")) and rows["pbmc68k"].endswith(" no")
+    assert "installed with scanpy" in rows["pbmc68k_reduced"] and rows["pbmc68k_reduced"].endswith("yes")
+    (tmp_path / "1M_neurons_neuron20k.h5").write_bytes(b"0" * 2**20)
+    (tmp_path / "sets.json").write_text(json.dumps({"mine": {"filename": "mine.h5", "url": "https://example.org/mine.h5"}}))
+    monkeypatch.setenv("SCLD_DATASETS", str(tmp_path / "sets.json"))
+    assert call("datasets") == 0
+    out = capsys.readouterr().out
+    assert "yes, 1 MiB" in out and "mine" in out and "example.org (stand-in)" in out
+
+
+# ---- settings
+
+
+def test_settings_as_words():
+    assert parse_setting("lr=2e-4") == ("lr", 2e-4)
+    assert parse_setting(" widths = 8,4 ") == ("widths", (8, 4))
+    assert parse_setting("clip=None") == ("clip", None) and parse_setting("clip=2") == ("clip", 2.0)
+    assert parse_setting("standardize=none") == ("standardize", "none")
+    assert parse_setting("pre_guidance=False") == ("pre_guidance", False)
+    values = {"int": "3", "float": "0.25", "str": "word", "bool": "true", "tuple": "3"}
+    for field in model_module.fields(model_module.Config):         # every field can be said in words
+        kind = str(getattr(field.type, "__name__", field.type)).split("[")[0].split(" ")[0]
+        name, value = parse_setting(f"{field.name}={values[kind]}")
+        assert name == field.name and value is not None
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lr", "give NAME=VALUE"), ("=3", "unknown setting ''"), ("rate=3", "unknown setting 'rate'; known: transform"),
+    ("lr=fast", "lr must be a number"), ("T=2.5", "T must be a whole number"), ("lr=none", "lr must be a number"),
+    ("ema=some", "ema must be a number or none"), ("widths=a,b", "whole numbers with commas"), ("pre_guidance=2", "true or false"),
+])
+def test_settings_that_are_not_understood(text, message):
+    with pytest.raises(InputError) as error:
+        parse_setting(text)
+    assert message in str(error.value)
+
+
+# ---- the whole path
+
+
+def test_train_leaves_a_model_and_both_parts_of_the_split(trained, files):
+    assert sorted(f.name for f in trained.iterdir()) == ["config.json", "genes.txt", "labels.json", "test.h5ad", "train.h5ad", "weights.safetensors"]
+    parts = {name: ad.read_h5ad(trained / f"{name}.h5ad") for name in ("train", "test")}
+    train, test = data.default_split(data.load(files / "cells.h5ad", labels="cell_type"))
+    for name, expected in (("train", train), ("test", test)):
+        assert list(parts[name].obs_names) == list(expected.obs_names)
+        assert (parts[name].X != expected.layers["counts"]).nnz == 0 and list(parts[name].obs) == ["cell_type"]
+    model = SCLD.load(trained, device="cpu")
+    assert model.fingerprint == SCLD(train, "cell_type", **{k: v for k, v in model.config.__dict__.items()}).fingerprint
+    assert sum(model.label_counts) == train.n_obs and {"autoencoder", "denoiser", "scorer"} == set(model.history)
+
+
+def test_sample_then_evaluate(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(f"sample {trained} -n 70 -o new/folder/synth.h5ad --omega 0.5 --seed 3 --device cpu") == 0
+    assert "wrote 70 cells x 60 genes to new/folder/synth.h5ad" in capsys.readouterr().out
+    synth = ad.read_h5ad("new/folder/synth.h5ad")
+    direct = SCLD.load(trained, device="cpu").sample(70, omega=0.5, seed=3, progress=False)
+    assert (synth.X != direct.X).nnz == 0 and synth.obs.equals(direct.obs)
+    assert call(f"evaluate {trained}/test.h5ad new/folder/synth.h5ad --train {trained}/train.h5ad --labels cell_type -o report --n-trees 10") == 0
+    out = capsys.readouterr().out
+    assert "n_real = n_fake = 70" in out and "rf_auc" in out and "mmd_biased" in out and "purity" in out
+    assert "wrote report.json, report.csv, auc.png, tsne.png in report" in out
+    report = json.loads(Path("report/report.json").read_text())
+    table = pd.read_csv("report/report.csv")
+    auc = [r for r in report["records"] if (r["metric"], r["space"], r["cluster"]) == ("rf_auc", "log1p", "all")]
+    assert len(auc) == 1 and auc[0]["control"] is not None and len(table) == len(report["records"])
+    assert all((Path("report") / f).read_bytes()[:4] == b"\x89PNG" for f in ("auc.png", "tsne.png"))
+    assert not [f for f in Path("new/folder").iterdir() if f.name != "synth.h5ad"]
+
+
+def test_evaluate_without_folder_prints_only(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5") == 0
+    out, err = capsys.readouterr()
+    assert "rf_auc" in out and "halves of the real cells" in out and "wrote" not in out and err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_sample(trained, tmp_path):
+    out = tmp_path / "x.h5ad"
+    assert call(f"sample {trained} -n 12 -o {out} --label NK --sampler ddim --sampling-steps 4 --keep 1 --batch-size 5") == 0
+    cells = ad.read_h5ad(out)
+    assert (cells.obs["cell_type"] == "NK").all() and cells.uns["scld"]["steps"] == 4 and cells.uns["scld"]["generated"] == 12
+    assert call(f"sample {trained} -n 7 -o {out} --omega -1") == 0                # replaces the file
+    cells = ad.read_h5ad(out)
+    assert cells.n_obs == 7 and cells.obs["cell_type"].isna().all() and cells.uns["scld"]["keep"] == 0.8
+
+
+def test_embedded_set_without_split(tmp_path, capsys):
+    line = f"train pbmc68k_reduced -o {tmp_path}/m --no-split --steps 2 --ae-steps 3 --preset paper --fusion cat --head mse {SETTINGS}"
+    assert call(line) == 0
+    out, err = capsys.readouterr()
+    assert "training on 700 cells" in out and "test cells" not in out and "evaluate" not in out and err == ""
+    model = SCLD.load(tmp_path / "m", device="cpu")
+    assert (model.config.transform, model.config.fusion, model.labels_key) == ("none", "cat", "louvain")
+    assert (model.history["autoencoder"]["steps"], model.history["denoiser"]["steps"]) == (3, 2)
+    assert not (tmp_path / "m/test.h5ad").exists()
+
+
+def test_counts_in_a_layer(files, tmp_path):
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    cells.layers["umi"] = cells.X.copy()
+    cells.X = cells.X.log1p()
+    cells.write_h5ad(tmp_path / "logged.h5ad")
+    assert call(f"train {tmp_path}/logged.h5ad -o {tmp_path}/m --labels cell_type --layer umi --steps 2 {SETTINGS}") == 0
+
+
+# ---- wrong input: training
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("train pbmc86k -o m", "unknown dataset 'pbmc86k'; known: pbmc68k_reduced, pbmc68k, brain_small"),
+    ("train nowhere.h5ad -o m", "no such file: nowhere.h5ad"),
+    ("train broken.h5ad -o m", "cannot read broken.h5ad as .h5ad"),
+    ("train {cells} -o m --labels celltype", "no column 'celltype' in obs; columns there: cell_type"),
+    ("train {cells} -o m --layer raw", "no layer 'raw'"),
+    ("train pbmc68k_reduced -o m --layer raw", "is for .h5ad files"),
+    ("train logged.h5ad -o m --labels cell_type", "looks log-transformed, not counts"),
+    ("train {cells} -o m --head nb", "unknown head 'nb'; known: mse"),
+    ("train {cells} -o m --fusion multiply", "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
+    ("train {cells} -o m --preset fast", "unknown preset 'fast'; known: default, paper"),
+    ("train {cells} -o m --device tpu", "unknown device 'tpu'"),
+    ("train {cells} -o m --set rate=3", "unknown setting 'rate'; known:"),
+    ("train {cells} -o m --set lr=fast", "lr must be a number"),
+    ("train {cells} -o m --set keep=0", "keep must lie in"),
+    ("train {cells} -o m --resume --overwrite", "exclude each other"),
+    ("train {cells} -o broken.h5ad", "broken.h5ad is a file; give a folder"),
+    ("train {cells} -o broken.h5ad/m", "cannot write to folder broken.h5ad/m"),
+    ("train {few} -o m --labels cell_type", "no label has enough cells"),
+])
+def test_training_errors(refuse, files, line, message):
+    Path("broken.h5ad").write_bytes(b"not hdf5")
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    if "{few}" in line:
+        some = cells[[int(np.flatnonzero(cells.obs["cell_type"] == t)[i]) for t in ("B", "NK", "T") for i in range(4)]].copy()
+        some.write_h5ad("few.h5ad")
+    if "logged" in line:
+        cells.X = cells.X.log1p()
+        cells.write_h5ad("logged.h5ad")
+    assert message in refuse(line.format(cells=files / "cells.h5ad", few="few.h5ad"))
+    assert not Path("m/config.json").exists()
+
+
+def test_settings_are_checked_before_the_cells_are_read(refuse, files, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("the cells were read"))
+    refuse(f"train {files}/cells.h5ad -o m --head nb")
+    refuse(f"train {files}/cells.h5ad -o {files}/cells.h5ad")
+    refuse(f"train {files}/cells.h5ad -o m --device tpu")
+
+
+def test_a_model_is_not_replaced_unasked(refuse, trained, files, tmp_path, capsys):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    line = f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}"
+    assert "there is a model in" in (text := refuse(line)) and "--resume" in text and "--overwrite" in text
+    assert same_weights(copy, trained)
+    capsys.readouterr()
+    assert call(line, "--resume") == 0                                              # finished already
+    assert "trained already; nothing to do" in capsys.readouterr().out
+    assert "finished and was trained on other cells, settings, steps" in refuse(line + " --resume --seed 1")
+    assert "finished and was trained on" in refuse(line.replace("--steps 150", "--steps 151") + " --resume")
+    assert same_weights(copy, trained)
+    assert call(line.replace("--steps 150", "--steps 3"), "--overwrite", "--seed", "1", "--no-split") == 0
+    assert SCLD.load(copy, device="cpu").history["denoiser"]["steps"] == 3
+    assert not (copy / "test.h5ad").exists()                                        # no test cells of another split left
+
+
+def test_an_unfinished_training_is_not_replaced_unasked(refuse, files, tmp_path, monkeypatch):
+    begun = tmp_path / "begun" / "checkpoints"
+    begun.mkdir(parents=True)
+    (begun / "autoencoder.safetensors").write_bytes(b"damaged")
+    line = f"train {files}/cells.h5ad -o {tmp_path}/begun --labels cell_type --steps 2 {SETTINGS}"
+    assert "there is an unfinished training in" in refuse(line)
+    assert (begun / "autoencoder.safetensors").exists()
+    capture = main([*shlex.split(line), "--resume"])                                # a damaged checkpoint
+    assert capture == 2
+    assert call(line, "--overwrite") == 0 and not begun.exists()
+
+
+def test_too_little_space(refuse, files, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(SCLD, "train", lambda *a, **k: pytest.fail("training began"))
+    text = refuse(f"train {files}/cells.h5ad -o m --labels cell_type {SETTINGS}")
+    assert "has 0 MiB free, training needs about" in text
+
+
+def test_space_needed_is_enough(trained, files, tmp_path, monkeypatch):
+    """Checkpoints and results of a training never take more than was asked for at its start."""
+    asked, seen = [], []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, asked.append(path) or 10**12))
+    original = os.replace
+
+    def measured(source, target):
+        seen.append(sum(f.stat().st_size for f in (tmp_path / "m").rglob("*") if f.is_file()))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", measured)
+    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 4 --checkpoint-every 2 {SETTINGS}") == 0
+    model = SCLD.load(tmp_path / "m", device="cpu")
+    parameters = sum(p.numel() for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters())
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    overhead = 200_000                                                              # headers and text, small beside real weights
+    assert asked and max(seen) <= 10 * 4 * parameters + 8 * cells.X.nnz + overhead
+
+
+# ---- wrong input: sampling
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("-n 5 -o x.h5ad --label Z", "unknown label 'Z'; known: B, NK, T"),
+    ("-n 5 -o x.h5ad --omega 3.5", "omega must lie in [-1, 3]"),
+    ("-n 5 -o x.h5ad --omega -1.5", "omega must lie in [-1, 3]"),
+    ("-n 5 -o x.h5ad --omega nan", "omega must lie in [-1, 3]"),
+    ("-n 5 -o x.h5ad --sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+    ("-n 5 -o x.h5ad --sampling-steps 0", "sampling_steps must be a whole number of at least 1"),
+    ("-n 5 -o x.h5ad --sampling-steps 21", "sampling_steps must lie in 1..20"),
+    ("-n 5 -o x.h5ad --keep 0", "keep must lie in (0, 1], got 0"),
+    ("-n 5 -o x.h5ad --keep 1.1", "keep must lie in (0, 1]"),
+    ("-n 5 -o x.h5ad --device tpu", "unknown device 'tpu'"),
+    ("-n 5 -o x.csv", "output x.csv must end in .h5ad; give for instance -o x.h5ad"),
+    ("-n 5 -o folder.h5ad", "output folder.h5ad is a folder"),
+    ("-n 5 -o file/x.h5ad", "cannot write to folder file"),
+])
+def test_sampling_errors(refuse, trained, monkeypatch, line, message):
+    monkeypatch.setattr(SCLD, "_generate", lambda *a, **k: pytest.fail("sampling began"))
+    Path("folder.h5ad").mkdir()
+    Path("file").write_text("")
+    assert message in refuse(f"sample {trained} {line}")
+    assert not Path("x.h5ad").exists()
+
+
+def test_models_that_cannot_be_read(refuse, trained, tmp_path):
+    def spoiled(name: str, content: bytes | None) -> str:
+        folder = Path(shutil.copytree(trained, tmp_path / f"spoiled-{name}", dirs_exist_ok=True))
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        return refuse(f"sample {folder} -n 5 -o x.h5ad")
+
+    assert "no model in nowhere: config.json is missing" in refuse("sample nowhere -n 5 -o x.h5ad")
+    assert "incomplete: genes.txt is missing" in spoiled("genes.txt", None)
+    assert "damaged or half-written: weights.safetensors" in spoiled("weights.safetensors", b"\0" * 100)
+    assert "config.json is damaged" in spoiled("config.json", b"{")
+    later = json.loads((trained / "config.json").read_text()) | {"format": 99}
+    assert "has format 99, this version reads up to 1; upgrade scld_nb" in spoiled("config.json", json.dumps(later).encode())
+
+
+def test_a_planted_pickle_is_ignored(trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "gift"))
+    bomb = f"cposix\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
+    for name in ("weights.pt", "model.pkl", "weights.pkl"):
+        (folder / name).write_bytes(bomb)
+    assert call(f"sample {folder} -n 3 -o {tmp_path}/x.h5ad") == 0
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- wrong input: evaluation
+
+
+def test_evaluation_errors(refuse, trained, files):
+    real, synth = trained / "test.h5ad", "synth.h5ad"
+    SCLD.load(trained, device="cpu").sample(30, progress=False).write_h5ad(synth)
+    fewer = ad.read_h5ad(synth)[:, 5:].copy()
+    fewer.write_h5ad("fewer.h5ad")
+    Path("broken.h5ad").write_bytes(b"not hdf5")
+    Path("file").write_text("")
+    assert "no such file: nowhere.h5ad" in refuse(f"evaluate nowhere.h5ad {synth}")
+    assert "cannot read broken.h5ad" in refuse(f"evaluate {real} broken.h5ad")
+    assert "no such file" in refuse(f"evaluate {real} {synth} --train nowhere.h5ad")
+    assert "lacks 5 of 60 genes (gene0, gene1, gene2, ...)" in refuse(f"evaluate {real} fewer.h5ad")
+    assert "no column 'louvain'" in refuse(f"evaluate {real} {synth} --labels louvain")
+    assert "cannot write to folder file/report" in refuse(f"evaluate {real} {synth} -o file/report")
+    ad.read_h5ad(synth)[:3].write_h5ad("three.h5ad")
+    assert "at least" in refuse(f"evaluate {real} three.h5ad")
+
+
+def test_the_report_folder_is_checked_before_the_work(refuse, trained, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("the evaluation began"))
+    Path("file").write_text("")
+    refuse(f"evaluate {trained}/test.h5ad {trained}/train.h5ad -o file")
+
+
+# ---- exit status of what is not the user's fault, and of what comes from outside
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+    return function
+
+
+def test_anything_else_is_one_line_and_status_1(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SCLD_DEBUG", raising=False)
+    monkeypatch.setattr(SCLD, "sample", raising(ZeroDivisionError("two\nlines")))
+    line = f"sample {trained} -n 5 -o {tmp_path}/x.h5ad"
+    assert call(line) == 1
+    assert capsys.readouterr().err == "scld: error: ZeroDivisionError: two lines (set SCLD_DEBUG=1 to see where)\n"
+    monkeypatch.setattr(SCLD, "sample", raising(MemoryError()))
+    assert call(line) == 1
+    assert capsys.readouterr().err == "scld: error: MemoryError (set SCLD_DEBUG=1 to see where)\n"
+    monkeypatch.setenv("SCLD_DEBUG", "1")
+    with pytest.raises(MemoryError):
+        call(line)
+
+
+@pytest.mark.parametrize(("error", "status", "message"), [
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'; give another path, or change its permissions"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 2, "No such file or directory"),
+    (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+])
+def test_file_system_errors(trained, tmp_path, capsys, monkeypatch, error, status, message):
+    monkeypatch.setattr(cli, "write_cells", raising(error))
+    assert call(f"sample {trained} -n 3 -o {tmp_path}/x.h5ad") == status
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_old_file(cells, tmp_path, monkeypatch):
+    out = tmp_path / "x.h5ad"
+    write_cells(cells, out)
+    before = out.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", raising(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_cells(cells[:5], out)
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_written_cells_read_back(cells, tmp_path):
+    cells = cells.copy()
+    cells.uns["scld"] = {"label": "", "omega": 0.5, "n": 3}
+    write_cells(cells, tmp_path / "x.h5ad")
+    back = ad.read_h5ad(tmp_path / "x.h5ad")
+    assert (back.X != cells.X).nnz == 0 and back.obs.equals(cells.obs) and back.uns["scld"] == cells.uns["scld"]
+
+
+def test_ctrl_c_while_sampling(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(SCLD, "sample", raising(KeyboardInterrupt()))
+    assert call(f"sample {trained} -n 5 -o {tmp_path}/x.h5ad") == 130
+    assert capsys.readouterr().err == "scld: interrupted\n" and not (tmp_path / "x.h5ad").exists()
+
+
+def test_a_reader_that_goes_away(capsys, monkeypatch):
+    monkeypatch.setattr(cli.typer, "echo", raising(BrokenPipeError()))
+    before = sys.stdout
+    try:
+        assert call("datasets") == 1
+    finally:
+        sys.stdout = before
+    assert capsys.readouterr().err == ""
+
+
+def test_other_exits_pass_through(trained, monkeypatch, capsys):
+    monkeypatch.setattr(SCLD, "load", raising(SystemExit("text")))
+    assert call(f"sample {trained} -n 5 -o x.h5ad") == 1
+
+
+def test_warnings_become_notes(files, tmp_path, capsys):
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 2 {SETTINGS}".replace("beta_T=0.6", "beta_T=0.02")
+    assert call(line) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("scld: note: T=20 with beta_T=0.02 leaves 90% of the signal") and err.count("\n") == 1
+
+
+def test_unwritable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", raising(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(InputError, match=r"cannot write to folder .* \(Permission denied\); choose another with -o"):
+        check_folder(tmp_path)
+
+
+def test_foreign_files_among_checkpoints_stay(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("autoencoder.safetensors", "denoiser.safetensors.77.tmp", "notes.txt"):
+        (tmp_path / "checkpoints" / name).write_text("")
+    drop_checkpoints(tmp_path)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["notes.txt"]
+
+
+# ---- trainings that are stopped
+
+
+TRAIN = "--labels cell_type --steps 30 --ae-steps 40 --checkpoint-every 10 --device cpu " + SETTINGS
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(files) -> Path:
+    folder = files / "uninterrupted"
+    assert call(f"train {files}/cells.h5ad -o {folder} {TRAIN}") == 0
+    return folder
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(files, tmp_path, monkeypatch, capsys, uninterrupted, number, status):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    calls, original = [], training.diffusion_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:                                                        # between two checkpoints
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "diffusion_loss", interrupted)
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}"
+    assert call(line) == status
+    assert capsys.readouterr().err == "scld: stopped; the same command with --resume goes on from the last checkpoint\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert len(calls) == 14 and not (tmp_path / "m/config.json").exists()
+    assert call(line, "--resume") == 0
+    assert len(calls) == 30 and same_weights(tmp_path / "m", uninterrupted)         # nothing was done twice
+
+
+def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SCLD, "_train_scorer", lambda *a: signal.raise_signal(signal.SIGINT))
+    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}") == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), cli.stop_gently():
+        handler = signal.signal(signal.SIGTERM, lambda *_: None)                    # a loop that has noted the first
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert handler is not None
+
+
+def test_stop_gently_in_another_thread_changes_nothing():
+    import threading
+
+    seen = []
+
+    def work():
+        with cli.stop_gently():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+KILL = """
+import os, signal, sys
+import scld_nb.model as model, scld_nb.training as training
+from scld_nb.cli import main
+moment = sys.argv[1]
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def at_step(stage, at):
+    original = training.batch_rows
+    def rows(n, size, step, *, seed, stage):
+        if (stage, step) == (wanted, at):
+            die()
+        return original(n, size, step, seed=seed, stage=stage)
+    wanted, training.batch_rows = stage, rows
+if moment.startswith("step"):
+    _, stage, at = moment.split()
+    at_step(stage, int(at))
+elif moment == "half a checkpoint":
+    os.replace = lambda *a: die()
+elif moment == "scorer":
+    model.train_scorer = lambda *a, **k: die()
+elif moment == "half a model":
+    original = model._replace
+    model._replace = lambda path, put: die() if path.name == "labels.json" else original(path, put)
+main(sys.argv[2:])
+sys.exit("survived")
+"""
+
+
+def test_sigkill_at_any_moment_then_resume(files, tmp_path, uninterrupted):
+    """Killed again and again, each time further on; the weights are those of a training nobody touched."""
+    words = shlex.split(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN} --resume")
+    moments = ["half a checkpoint", "step autoencoder 27", "step denoiser 0", "step denoiser 17", "scorer", "half a model"]
+    for moment in moments:
+        done = subprocess.run([sys.executable, "-c", KILL, moment, *words], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+        assert not (tmp_path / "m/config.json").exists()
+        if moment == "half a checkpoint":                                           # nothing usable, and nothing that looks so
+            assert not list((tmp_path / "m").rglob("*.safetensors")) and list((tmp_path / "m").rglob("*.tmp"))
+    assert main(words) == 0
+    assert same_weights(tmp_path / "m", uninterrupted)
+    one, other = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "m", uninterrupted))
+    assert [one["history"][s]["losses"] for s in ("autoencoder", "denoiser")] == [other["history"][s]["losses"] for s in ("autoencoder", "denoiser")]
+    assert one["history"]["scorer"] == other["history"]["scorer"] and one["fingerprint"] == other["fingerprint"]
+    assert sorted(f.name for f in (tmp_path / "m").iterdir()) == sorted(f.name for f in uninterrupted.iterdir())
