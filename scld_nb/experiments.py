@@ -226,6 +226,11 @@ class Study:
                 sampling_steps=self.budget.sampling_steps, progress=self.progress, **(self.options | setting))
         return self._models[variant, seed]
 
+    def model_provenance(self, variant: str, seed: int) -> dict | None:
+        """Where and with which code the model was trained; it may be older than the run that judges it."""
+        path = self.models / f"{variant}-seed{seed}" / "provenance.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
     def settings(self) -> dict:
         """What must agree for a stored result to be reused."""
         return asdict(self.budget) | {"data_sha256": self.sha256, "n_test": self.test.n_obs, "n_train": self.train.n_obs, "options": self.options}
@@ -329,7 +334,8 @@ def table3(study: Study, *, methods: Iterable[str] = tuple(METHODS)) -> pd.DataF
             both = method.startswith("scld_both")
             cost = {"kept_share": model.config.keep if both else 1.0,
                     "train_seconds": {k: round(v["seconds"], 1) for k, v in model.history.items() if "seconds" in v},
-                    "scorer": {k: v for k, v in model.history.get("scorer", {}).items()} if both else None}
+                    "scorer": model.history.get("scorer") if both else None,
+                    "model": study.model_provenance("none" if method == "scld" else "add", seed)}
         return {"records": study.judge(cells, seed, method), "cost": cost}
 
     found = [study.run("table3", method, seed, lambda: make(method, seed)) for seed in study.seeds for method in methods]

@@ -353,7 +353,8 @@ class SCLD:
 
     def train(self, max_steps: int = 20_000, *, ae_steps: int | None = None, scorer: bool = True,
               autoencoder: "SCLD | None" = None, checkpoint_dir: str | Path | None = None, checkpoint_every: int = 1000,
-              resume: bool = False, sampling_steps: int | None = None, progress: bool | None = None) -> "SCLD":
+              resume: bool = False, sampling_steps: int | None = None, keep_partial: bool = True,
+              progress: bool | None = None) -> "SCLD":
         """Train Round/Map, then the denoiser on frozen latents (Algorithm 1), then the Scorer.
 
         Parameters
@@ -370,12 +371,15 @@ class SCLD:
             Folder for checkpoints, steps between them, and whether to go on from those found there.
         sampling_steps
             Steps that draw the fakes the Scorer learns from; all T if not given. Use those you will sample with.
+        keep_partial
+            What Ctrl-C does: end the running stage early, keep what it reached and go on with the next stage, or
+            (``False``) end training with ``KeyboardInterrupt`` once the checkpoint is written.
         progress
             Show progress bars (default: on a terminal or in a notebook).
 
         Returns
         -------
-        The model itself. Ctrl-C ends the running stage early and keeps what is trained.
+        The model itself.
 
         Raises
         ------
@@ -388,6 +392,7 @@ class SCLD:
         c, folder = self.config, None if checkpoint_dir is None else Path(checkpoint_dir)
         max_steps = _whole("max_steps", max_steps)
         ae_steps = max_steps if ae_steps is None else _whole("ae_steps", ae_steps)
+        self._steps(sampling_steps)
         common = dict(seed=self.seed, device=self.device, batch_size=c.batch_size, lr=c.lr, weight_decay=c.weight_decay,
                       ema=c.ema, clip=c.clip, precision=c.precision, resume=resume, fingerprint=self.fingerprint, show=progress,
                       checkpoint_every=_whole("checkpoint_every", checkpoint_every))
@@ -401,7 +406,7 @@ class SCLD:
             if resume and folder is not None and file("denoiser").exists():
                 _same_autoencoder(file("autoencoder"), ae_steps)
             done = train_autoencoder(self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common)
-            self._note("autoencoder", done)
+            self._note("autoencoder", done, keep_partial)
         latents = fit_latent_statistics(self.autoencoder, self._reader, device=self.device)
         if c.standardize == "none":
             latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
@@ -409,7 +414,7 @@ class SCLD:
             self.autoencoder.latent_std.fill_(1.0)
         done = train_denoiser(self.denoiser, self.schedule, latents, torch.from_numpy(self._codes), steps=max_steps, drop=c.drop,
                               p_uncond=c.p_uncond if c.pre_guidance else 1.0, checkpoint=file("denoiser"), **common)
-        self._note("denoiser", done)
+        self._note("denoiser", done, keep_partial)
         if scorer and not done.interrupted:
             self._train_scorer(sampling_steps, progress)
         return self
@@ -427,7 +432,9 @@ class SCLD:
         self.autoencoder.load_state_dict(other.autoencoder.state_dict())
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
-    def _note(self, stage: str, done: FitResult) -> None:
+    def _note(self, stage: str, done: FitResult, keep_partial: bool) -> None:
+        if done.interrupted and not keep_partial:
+            raise KeyboardInterrupt(f"{stage} was interrupted at step {done.step}")
         self.history[stage] = {"steps": done.step, "loss": done.losses[-1] if done.losses else None, "losses": done.losses,
                                "seconds": done.seconds, "interrupted": done.interrupted}
         if done.interrupted:
@@ -453,6 +460,13 @@ class SCLD:
             return np.full(n, self.labels.index(label))
         m = proportional(n, self.label_counts)
         return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
+
+    def _steps(self, sampling_steps: int | None) -> int:
+        """Denoising steps: those asked for, or all."""
+        steps = self.schedule.T if sampling_steps is None else _whole("sampling_steps", sampling_steps)
+        if steps > self.schedule.T:
+            raise InputError(f"sampling_steps must lie in 1..{self.schedule.T}, got {steps}")
+        return steps
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         """Map latents to cells; no gene can hold more than the whole library, whatever an untrained network says."""
@@ -533,9 +547,7 @@ class SCLD:
             raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
         if sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-        steps = self.schedule.T if sampling_steps is None else _whole("sampling_steps", sampling_steps)
-        if steps > self.schedule.T:
-            raise InputError(f"sampling_steps must lie in 1..{self.schedule.T}, got {steps}")
+        steps = self._steps(sampling_steps)
         if not 0 < keep <= 1:
             raise InputError(f"keep must lie in (0, 1], got {keep}")
         if keep < 1 and "scorer" not in self.history:

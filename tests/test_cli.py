@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -554,28 +555,39 @@ def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_a_second_ctrl_c_does_not_wait():
-    with pytest.raises(KeyboardInterrupt), cli.stop_gently():
-        handler = signal.signal(signal.SIGTERM, lambda *_: None)                    # a loop that has noted the first
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    assert handler is not None
+def test_ctrl_c_in_the_first_stage_ends_the_command(files, tmp_path, monkeypatch, uninterrupted):
+    calls, original = [], training.batch_rows
+
+    def interrupted(*args, stage, **kwargs):
+        calls.append(stage)
+        if len(calls) == 25:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, stage=stage, **kwargs)
+
+    monkeypatch.setattr(training, "batch_rows", interrupted)
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}"
+    assert call(line) == 130 and set(calls) == {"autoencoder"}
+    monkeypatch.undo()
+    assert call(line, "--resume") == 0 and same_weights(tmp_path / "m", uninterrupted)
 
 
-def test_stop_gently_in_another_thread_changes_nothing():
-    import threading
-
+def test_hint_in_another_thread():
+    """Signals belong to the main thread; elsewhere only the status is made."""
     seen = []
 
     def work():
-        with cli.stop_gently():
-            seen.append(signal.getsignal(signal.SIGTERM))
+        try:
+            with cli.say_how_to_resume():
+                seen.append(signal.getsignal(signal.SIGTERM))
+                raise KeyboardInterrupt
+        except SystemExit as end:
+            seen.append(end.code)
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert seen == [before, 130]
 
 
 KILL = """
@@ -596,8 +608,6 @@ if moment.startswith("step"):
     at_step(stage, int(at))
 elif moment == "half a checkpoint":
     os.replace = lambda *a: die()
-elif moment == "scorer":
-    model.train_scorer = lambda *a, **k: die()
 elif moment == "half a model":
     original = model._replace
     model._replace = lambda path, put: die() if path.name == "labels.json" else original(path, put)
@@ -609,7 +619,7 @@ sys.exit("survived")
 def test_sigkill_at_any_moment_then_resume(files, tmp_path, uninterrupted):
     """Killed again and again, each time further on; the weights are those of a training nobody touched."""
     words = shlex.split(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN} --resume")
-    moments = ["half a checkpoint", "step autoencoder 27", "step denoiser 0", "step denoiser 17", "scorer", "half a model"]
+    moments = ["half a checkpoint", "step autoencoder 27", "step denoiser 17", "half a model"]
     for moment in moments:
         done = subprocess.run([sys.executable, "-c", KILL, moment, *words], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr)

@@ -220,10 +220,26 @@ def test_reconstruct(tiny_model, cells):
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 0}, {"max_steps": 2.5}, {"ae_steps": 0}, {"checkpoint_every": 0}, {"max_steps": "many"},
-                                     {"max_steps": float("inf")}, {"max_steps": True}])
+                                     {"max_steps": float("inf")}, {"max_steps": True}, {"sampling_steps": 0}])
 def test_step_numbers(cells, tiny, options):
     with pytest.raises(InputError, match=f"{next(iter(options))} must be a whole number of at least 1"):
         SCLD(cells, "cell_type", device="cpu", **tiny).train(**options, progress=False)
+
+
+def test_sampling_steps_are_checked_before_training(cells, tiny):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    with pytest.raises(InputError, match="sampling_steps must lie in 1..20, got 21"):
+        model.train(5, sampling_steps=21, progress=False)
+    assert model.history == {}
+
+
+@pytest.mark.parametrize(("transform", "most"), [("log1p", np.log1p(20_000)), ("none", 20_000)])
+def test_no_gene_exceeds_the_library(cells, tiny, transform, most):
+    model = SCLD(cells, "cell_type", device="cpu", transform=transform, **tiny).train(2, scorer=False, progress=False)
+    with torch.no_grad():
+        model.autoencoder.map.linear2.bias += 1e6
+    assert model.sample(5, keep=1, progress=False).X.max() == pytest.approx(most)
+    assert model.reconstruct(cells[:5]).X.max() == pytest.approx(most)
 
 
 def test_autoencoder_is_shared_exactly(cells, tiny, tiny_model):
@@ -272,6 +288,25 @@ def test_ctrl_c_keeps_what_is_trained(cells, tiny, monkeypatch, tmp_path):
         model.sample(5)
     assert model.sample(5, keep=1, progress=False).n_obs == 5
     assert SCLD.load(model.save(tmp_path / "m"), device="cpu").history["denoiser"]["interrupted"]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_ctrl_c_can_end_the_training(cells, tiny, monkeypatch, tmp_path, stage):
+    from scld_nb import training
+
+    original = training.batch_rows
+
+    def interrupted(n, size, step, *, seed, stage: str):
+        if (stage, step) == (wanted, 5):
+            raise KeyboardInterrupt
+        return original(n, size, step, seed=seed, stage=stage)
+
+    wanted = stage
+    monkeypatch.setattr(training, "batch_rows", interrupted)
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    with pytest.raises(KeyboardInterrupt, match=f"{stage} was interrupted at step 5"):
+        model.train(20, checkpoint_dir=tmp_path, keep_partial=False, progress=False)
+    assert stage not in model.history and (tmp_path / f"{stage}.safetensors").exists()
 
 
 def test_resume_equals_an_uninterrupted_run(cells, tiny, tmp_path, monkeypatch):
