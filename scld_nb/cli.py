@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_setting', 'check_folder', 'check_output', 'write_cells', 'check_model_folder', 'already_trained',
-           'check_space', 'drop_checkpoints', 'datasets', 'stop_gently', 'train', 'sample', 'evaluate', 'main']
+           'check_space', 'drop_checkpoints', 'datasets', 'say_how_to_resume', 'train', 'sample', 'evaluate', 'main']
 
 # %% ../nbs/40_cli.ipynb #c004
 import errno
@@ -220,38 +220,28 @@ def datasets() -> None:
 
 # %% ../nbs/40_cli.ipynb #c031
 @contextmanager
-def stop_gently() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end training behind the running step, with a checkpoint; a second Ctrl-C ends it at once.
+def say_how_to_resume() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a hint and an exit status; the checkpoint is written by then.
 
     Raises
     ------
     SystemExit
         With 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = False
-
-    def on_interrupt(number, frame):
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        signal.raise_signal(signal.SIGTERM)            # training turns it into a checkpoint
 
     def on_terminate(number, frame):
         raise SystemExit(143)
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt), signal.SIGTERM: signal.signal(signal.SIGTERM, on_terminate)}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, on_terminate) if main_thread else None
     try:
         yield
-    except SystemExit as end:
+    except (KeyboardInterrupt, SystemExit) as end:
         print("scld: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130 if pressed else end.code) from None
+        raise SystemExit(end.code if isinstance(end, SystemExit) else 130) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/40_cli.ipynb #c033
 @app.command()
@@ -294,8 +284,9 @@ def train(
     check_space(output, model, cells)
     typer.echo(f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} labels in {key!r}, "
                + (f"{parts['test'].n_obs:,} test cells kept apart, " if split else "") + f"on {model.device}")
-    with stop_gently():
-        model.train(steps, ae_steps=ae_steps, checkpoint_dir=output / "checkpoints", checkpoint_every=checkpoint_every, resume=resume)
+    with say_how_to_resume():
+        model.train(steps, ae_steps=ae_steps, checkpoint_dir=output / "checkpoints", checkpoint_every=checkpoint_every, resume=resume,
+                    keep_partial=False)
     for name in ("train", "test"):
         (output / f"{name}.h5ad").unlink(missing_ok=True)
     if split:

@@ -36,7 +36,7 @@ from .model import SCLD, make_config
 from .plots import paper_vs_ours, save_figure
 from .scorer import keep_top, n_to_generate
 
-# %% ../nbs/30_experiments.ipynb #c003
+# %% ../nbs/30_experiments.ipynb #c006
 def project_root(start: str | Path | None = None) -> Path:
     """The nearest folder above ``start`` (default: the working directory) that holds ``settings.ini``, else ``start``.
 
@@ -70,7 +70,7 @@ def _plain(value):
         return value.tolist()
     raise TypeError(f"cannot write {type(value).__name__} to a result file")
 
-# %% ../nbs/30_experiments.ipynb #c004
+# %% ../nbs/30_experiments.ipynb #c011
 PACKAGES = ("scld-nb", "torch", "numpy", "scipy", "scikit-learn", "scanpy", "anndata", "louvain", "igraph")
 
 
@@ -103,7 +103,7 @@ def provenance(device: torch.device | str = "cpu", *, root: str | Path | None = 
         "peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if cuda else None,
     }
 
-# %% ../nbs/30_experiments.ipynb #c005
+# %% ../nbs/30_experiments.ipynb #c015
 def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, steps: int, ae_steps: int | None = None, seed: int = 0,
                   device: str = "auto", share: SCLD | None = None, scorer: bool = True, sampling_steps: int | None = None,
                   progress: bool | None = None, **options) -> tuple[SCLD, bool]:
@@ -140,7 +140,7 @@ def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, ste
         checkpoints.rmdir()
     return model, False
 
-# %% ../nbs/30_experiments.ipynb #c006
+# %% ../nbs/30_experiments.ipynb #c018
 @dataclass(frozen=True)
 class Budget:
     """What one run costs: denoiser and autoencoder steps, sampling steps (``None``: all T), trees per forest."""
@@ -151,7 +151,7 @@ class Budget:
     n_trees: int = 1000
 
 
-BUDGETS = {"pbmc68k_reduced": Budget(steps=500, ae_steps=500, sampling_steps=250, n_trees=200)}
+BUDGETS = {"pbmc68k_reduced": Budget(steps=500, ae_steps=1500, sampling_steps=250, n_trees=200)}
 TARGET_CLUSTER = {"pbmc68k": "4", "pbmc68k_reduced": "4", "brain_small": "2"}
 OMEGAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 PAPER_SAMPLES = (3000, 2500, 2000, 1500, 1000)
@@ -168,7 +168,7 @@ PAPER_TABLE3 = pd.DataFrame(
 PAPER_TABLE4 = pd.DataFrame([("add", 0.64, 0.68), ("cat", 0.65, 0.68), ("attn", 0.68, 0.69)],
                             columns=["method", "pbmc68k AUC", "brain_small AUC"]).set_index("method")
 
-# %% ../nbs/30_experiments.ipynb #c007
+# %% ../nbs/30_experiments.ipynb #c022
 class Study:
     """One data set, its split, a budget and a folder of results; the tables and figures are functions of it.
 
@@ -287,7 +287,7 @@ class Study:
         """How many runs were made and how many found finished."""
         return f"{len(self.done)} runs made now, {len(self.reused)} finished runs reused from {self.results.relative_to(self.root)}/"
 
-# %% ../nbs/30_experiments.ipynb #c008
+# %% ../nbs/30_experiments.ipynb #c029
 def table3(study: Study, *, methods: Iterable[str] = tuple(METHODS)) -> pd.DataFrame:
     """Run (or reuse) the rows of Table 3 for every seed and return one line per record.
 
@@ -360,7 +360,7 @@ def read_results(root: str | Path, dataset: str, experiment: str) -> pd.DataFram
         raise InputError(f"no results of {experiment!r} for {dataset!r} under {Path(root) / 'results'}; run reproduce.ipynb on that data set first")
     return _lines(json.loads(f.read_text("utf-8")) for f in files)
 
-# %% ../nbs/30_experiments.ipynb #c009
+# %% ../nbs/30_experiments.ipynb #c034
 HEAD = {"rf_auc": "AUC", "mmd_biased": "MMD"}
 
 
@@ -411,7 +411,7 @@ def paper_beside(lines: pd.DataFrame, names: dict[str, str], paper: pd.DataFrame
         table["verdict"] = "not comparable: other cells"
     return table
 
-# %% ../nbs/30_experiments.ipynb #c010
+# %% ../nbs/30_experiments.ipynb #c038
 def table4(study: Study, *, fusions: Iterable[str] = tuple(FUSION_NAMES)) -> pd.DataFrame:
     """Table 4: the three fusions, one denoiser each on the same latents, holistic sampling, no Scorer."""
 
@@ -466,7 +466,7 @@ def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float]
               "tsne": [np.asarray(c) for c in found[0]["tsne"]], "target_real": np.asarray(found[0]["target_real"])}
     return _lines(found), panels
 
-# %% ../nbs/30_experiments.ipynb #c011
+# %% ../nbs/30_experiments.ipynb #c042
 def draw_table3(lines: pd.DataFrame, dataset: str):
     """AUC and MMD of every row in both spaces as dots, with the paper's numbers (68k PBMC unless the set is Brain Small) as diamonds."""
     owner = "brain_small" if dataset == "brain_small" else "pbmc68k"
@@ -481,7 +481,7 @@ def draw_table3(lines: pd.DataFrame, dataset: str):
                                        "group": f"{head}, {space}"}))
     return paper_vs_ours(pd.concat(parts, ignore_index=True), label=f"◆ paper: {owner}, scale not stated")
 
-# %% ../nbs/30_experiments.ipynb #c012
+# %% ../nbs/30_experiments.ipynb #c046
 def check_parameters(names: dict, known: Iterable[str]) -> None:
     """Refuse a notebook whose parameters are misspelt: every plain public value it defines must be a known parameter.
 
