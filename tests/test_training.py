@@ -1,5 +1,6 @@
 """The loop: counter-based randomness, checkpoints, interruption, and the two losses that use it."""
 
+import copy
 import json
 import os
 import random
@@ -43,14 +44,6 @@ from scld_nb.training import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small(seed: int = 0) -> nn.Module:
@@ -248,7 +241,7 @@ def test_fit_is_the_bare_loop_bit_for_bit():
         optimizer.step()
         with torch.no_grad():
             for a, p in zip(average, bare.parameters()):
-                a.lerp_(p, 1 - 0.9)
+                a.lerp_(p, 1 - min(0.9, (1 + step) / (10 + step)))
         losses.append(loss.item())
     assert torch.equal(flat(model), torch.cat([a.ravel() for a in average]))
     assert result.losses == [pytest.approx(np.mean(losses), rel=1e-6)] and result.step == 30 and not result.interrupted
@@ -274,6 +267,15 @@ def test_adamw_clipping_and_averaging_against_numpy(clip, ema):
             rho = min(ema, i / (9 + i))                  # the average starts short
             average = rho * average + (1 - rho) * w
     np.testing.assert_allclose(model.weight.detach().numpy()[0], average if ema else w, rtol=1e-5)
+
+
+def test_a_short_run_forgets_its_initial_weights():
+    """A constant decay of 0.999 would keep 86 % of the start after 150 steps."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 50.0)
+    fit(model, lambda step: (model.weight - 1.0).square().sum(), steps=150, seed=0, stage="s", device=CPU, lr=5.0,
+        weight_decay=0.0, clip=None, ema=0.999, show=False)
+    assert abs(model.weight.item() - 1.0) < 15
 
 
 def test_losses_are_means_of_a_hundred_steps_and_the_model_ends_in_evaluation_mode():
@@ -326,22 +328,20 @@ def test_resume_equals_uninterrupted(tmp_path, stop, options):
     assert second.losses == whole.losses and second.step == 40 and not second.interrupted
 
 
-@settings(max_examples=15, deadline=None)
-@given(stops=st.lists(st.integers(0, 239), max_size=4), every=st.integers(1, 130))
+@settings(max_examples=10, deadline=None)
+@given(stops=st.lists(st.integers(0, 149), max_size=3), every=st.integers(5, 130))
 def test_resume_equals_uninterrupted_after_any_interruptions(tmp_path_factory, stops, every):
-    model = nn.Linear(2, 1)
-    start = flat(model)
+    fresh = nn.Linear(2, 1)
 
     def go(before_step=None, **options):
-        with torch.no_grad():
-            nn.utils.vector_to_parameters(start, model.parameters())
+        model = copy.deepcopy(fresh)
 
         def loss_of(step):
             if before_step:
                 before_step(step)
             return model(torch.randn(4, 2)).square().mean()
 
-        result = fit(model, loss_of, steps=240, seed=3, stage="h", device=CPU, show=False, **options)
+        result = fit(model, loss_of, steps=150, seed=3, stage="h", device=CPU, show=False, **options)
         return flat(model), result.losses
 
     straight = go()
@@ -706,8 +706,8 @@ def trained(latents, labels=None, *, steps=60, **options):
 
 
 def test_train_denoiser_learns(latents):
-    _, result = trained(latents, steps=400, lr=5e-3)
-    assert result.losses[0] < 1.05 and result.losses[-1] < 0.6 * result.losses[0]
+    _, result = trained(latents, steps=300, lr=5e-3)
+    assert result.losses[0] < 1.05 and result.losses[-1] < 0.7 * result.losses[0]
 
 
 def test_without_pre_guidance_labels_have_no_influence(latents):
