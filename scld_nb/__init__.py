@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["SCLD", "Config", "InputError", "Report", "evaluate", "save_report"]
 
-_HOME = {"SCLD": "model", "Config": "model", "InputError": "data", "Report": "evaluation", "evaluate": "evaluation",
-         "save_report": "plots"}
+_HOME = {
+    "SCLD": "model",
+    "Config": "model",
+    "InputError": "data",
+    "Report": "evaluation",
+    "evaluate": "evaluation",
+    "save_report": "plots",
+}
 
 
 def __getattr__(name: str):

@@ -84,7 +84,9 @@ def parse_setting(text: str) -> tuple[str, object]:
             return name, {"true": True, "false": False}[value.lower()]
         return name, kind(value)
     except (ValueError, KeyError):
-        what = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "whole numbers with commas between")
+        what = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+            kind, "whole numbers with commas between"
+        )
         raise InputError(f"--set {text}: {name} must be {what}{' or none' if optional else ''}") from None
 
 # %% ../nbs/40_cli.ipynb #c015
@@ -152,7 +154,9 @@ def check_model_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     finished, begun = (folder / "config.json").exists(), any((folder / "checkpoints").glob("*.safetensors"))
     if (finished or begun) and not (resume or overwrite):
         what = "a model" if finished else "an unfinished training"
-        raise InputError(f"there is {what} in {folder}; give --resume to go on with it, --overwrite to replace it, or another folder")
+        raise InputError(
+            f"there is {what} in {folder}; give --resume to go on with it, --overwrite to replace it, or another folder"
+        )
     check_folder(folder)
 
 # %% ../nbs/40_cli.ipynb #c022
@@ -171,22 +175,30 @@ def already_trained(folder: Path, model, steps: int, ae_steps: int) -> bool:
         return False
     found = SCLD.load(folder, device="cpu")
     done = {"autoencoder": ae_steps, "denoiser": steps}
-    if (found.fingerprint, found.seed) == (model.fingerprint, model.seed) and all(found.history[k]["steps"] == v for k, v in done.items()):
+    if (found.fingerprint, found.seed) == (model.fingerprint, model.seed) and all(
+        found.history[k]["steps"] == v for k, v in done.items()
+    ):
         return True
-    raise InputError(f"the model in {folder} is finished and was trained on other cells, settings, steps or another seed; "
-                     "give --overwrite to replace it, or another folder")
+    raise InputError(
+        f"the model in {folder} is finished and was trained on other cells, settings, steps or another seed; "
+        "give --overwrite to replace it, or another folder"
+    )
 
 # %% ../nbs/40_cli.ipynb #c024
 def check_space(folder: Path, model, cells: "AnnData") -> None:
     """Refuse to start where the disk cannot hold the checkpoints and the model: training for hours would be lost."""
     from scld_nb.data import InputError
 
-    weights = sum(p.numel() * 4 for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters())
-    needed = 10 * weights + 8 * cells.layers["counts"].nnz    # a checkpoint is 4 times its part, twice while replaced
+    weights = sum(
+        p.numel() * 4 for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters()
+    )
+    needed = 10 * weights + 8 * cells.layers["counts"].nnz  # a checkpoint is 4 times its part, twice while replaced
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder} has {free / 2**20:.0f} MiB free, training needs about {needed / 2**20:.0f} MiB; "
-                         "make room, or choose another folder with -o")
+        raise InputError(
+            f"{folder} has {free / 2**20:.0f} MiB free, training needs about {needed / 2**20:.0f} MiB; "
+            "make room, or choose another folder with -o"
+        )
 
 # %% ../nbs/40_cli.ipynb #c025
 def drop_checkpoints(folder: Path) -> None:
@@ -211,11 +223,22 @@ def datasets() -> None:
         file = None if bundled or not info.filename else data_dir() / info.filename
         there = "yes" if bundled else f"yes, {file.stat().st_size / 2**20:.0f} MiB" if file and file.is_file() else "no"
         source = "installed with scanpy" if bundled else urlsplit(info.url or "").netloc or "?"
-        rows.append((name, info.tissue, *(f"{v:,}" if isinstance(v, int) else v for v in (cells, genes, info.n_clusters or "?")),
-                     source + (" (stand-in)" if info.origin == "stand-in" else ""), there))
+        rows.append(
+            (
+                name,
+                info.tissue,
+                *(f"{v:,}" if isinstance(v, int) else v for v in (cells, genes, info.n_clusters or "?")),
+                source + (" (stand-in)" if info.origin == "stand-in" else ""),
+                there,
+            )
+        )
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for row in rows:
-        typer.echo("  ".join(f"{v:>{w}}" if i in (2, 3, 4) else f"{v:<{w}}" for i, (v, w) in enumerate(zip(row, widths))).rstrip())
+        typer.echo(
+            "  ".join(
+                f"{v:>{w}}" if i in (2, 3, 4) else f"{v:<{w}}" for i, (v, w) in enumerate(zip(row, widths))
+            ).rstrip()
+        )
     typer.echo("Any .h5ad file with counts can be given in place of a name.")
 
 # %% ../nbs/40_cli.ipynb #c031
@@ -246,22 +269,39 @@ def say_how_to_resume() -> Iterator[None]:
 # %% ../nbs/40_cli.ipynb #c033
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Name of a known data set, or an .h5ad file with counts.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Name of a known data set, or an .h5ad file with counts.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL_DIR", help="Folder for the model.")],
-    labels: Annotated[str | None, typer.Option(metavar="KEY", help="Column of obs with the labels; default: louvain, computed if absent.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Column of obs with the labels; default: louvain, computed if absent."),
+    ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer of the .h5ad that holds the counts.")] = None,
     head: Annotated[str, typer.Option(help="What the decoder gives: mse (expected values, as in the paper).")] = "mse",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the denoiser.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random in training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that was interrupted in MODEL_DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that was interrupted in MODEL_DIR.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in MODEL_DIR.")] = False,
-    ae_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: as --steps.")] = None,
+    ae_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: as --steps.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the paper's literal readings.")] = "default",
     fusion: Annotated[str, typer.Option(help="How the condition enters: add, cat, attn or add_input.")] = "add",
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
-    setting: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the model; may be repeated.")] = None,
-    split: Annotated[bool, typer.Option("--split/--no-split", help="Keep test cells apart (in MODEL_DIR/test.h5ad), or train on all cells.")] = True,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the model; may be repeated."),
+    ] = None,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split/--no-split", help="Keep test cells apart (in MODEL_DIR/test.h5ad), or train on all cells."
+        ),
+    ] = True,
 ) -> None:
     """Train a model on a known data set or an .h5ad file with counts."""
     from scld_nb.data import default_split, load
@@ -282,11 +322,20 @@ def train(
     if overwrite:
         drop_checkpoints(output)
     check_space(output, model, cells)
-    typer.echo(f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} labels in {key!r}, "
-               + (f"{parts['test'].n_obs:,} test cells kept apart, " if split else "") + f"on {model.device}")
+    typer.echo(
+        f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} labels in {key!r}, "
+        + (f"{parts['test'].n_obs:,} test cells kept apart, " if split else "")
+        + f"on {model.device}"
+    )
     with say_how_to_resume():
-        model.train(steps, ae_steps=ae_steps, checkpoint_dir=output / "checkpoints", checkpoint_every=checkpoint_every, resume=resume,
-                    keep_partial=False)
+        model.train(
+            steps,
+            ae_steps=ae_steps,
+            checkpoint_dir=output / "checkpoints",
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            keep_partial=False,
+        )
     for name in ("train", "test"):
         (output / f"{name}.h5ad").unlink(missing_ok=True)
     if split:
@@ -296,8 +345,11 @@ def train(
     drop_checkpoints(output)
     typer.echo(f"saved {model} in {output}")
     if split:
-        typer.echo(f"next: scld sample {output} -n {parts['test'].n_obs} -o synth.h5ad\n"
-                   f"      scld evaluate {output / 'test.h5ad'} synth.h5ad --train {output / 'train.h5ad'} --labels {key} -o report")
+        typer.echo(
+            f"next: scld sample {output} -n {parts['test'].n_obs} -o synth.h5ad\n"
+            f"      scld evaluate {output / 'test.h5ad'} synth.h5ad --train {output / 'train.h5ad'} "
+            f"--labels {key} -o report"
+        )
 
 
 def _counts_only(cells: "AnnData") -> "AnnData":
@@ -305,19 +357,27 @@ def _counts_only(cells: "AnnData") -> "AnnData":
     import anndata
 
     facts = cells.uns["scld_data"]
-    return anndata.AnnData(cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=cells.var[[]], uns={"scld_data": facts})
+    return anndata.AnnData(
+        cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=cells.var[[]], uns={"scld_data": facts}
+    )
 
-# %% ../nbs/40_cli.ipynb #c035
+# %% ../nbs/40_cli.ipynb #c036
 @app.command()
 def sample(
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder that scld train wrote.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Cells to deliver.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.h5ad", help="File for the cells.")],
-    label: Annotated[str | None, typer.Option(help="Cell type to draw; default: all, in the training proportions.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Cell type to draw; default: all, in the training proportions.")
+    ] = None,
     omega: Annotated[float, typer.Option(help="Guidance weight from -1 (labels ignored) over 0 to 3 (tight).")] = 0.0,
     sampler: Annotated[str, typer.Option(help="ddpm (the paper's), ddim or dpm++.")] = "ddpm",
-    sampling_steps: Annotated[int | None, typer.Option(metavar="S", help="Denoising steps; default: all of the schedule.")] = None,
-    keep: Annotated[float | None, typer.Option(help="Share that the Scorer keeps; 1 switches it off; default: the model's, 0.8.")] = None,
+    sampling_steps: Annotated[
+        int | None, typer.Option(metavar="S", help="Denoising steps; default: all of the schedule.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share that the Scorer keeps; 1 switches it off; default: the model's, 0.8.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same cells.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Cells denoised together.")] = 1024,
@@ -327,19 +387,36 @@ def sample(
 
     model = SCLD.load(model_dir, device=device)
     check_output(output)
-    cells = model.sample(n, label, omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size)
+    cells = model.sample(
+        n,
+        label,
+        omega=omega,
+        sampler=sampler,
+        sampling_steps=sampling_steps,
+        keep=keep,
+        seed=seed,
+        batch_size=batch_size,
+    )
     write_cells(cells, output)
     made = cells.uns["scld"]
-    typer.echo(f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {output} ({made['generated']:,} generated, scale {made['scale']})")
+    typer.echo(
+        f"wrote {cells.n_obs:,} cells x {cells.n_vars:,} genes to {output} "
+        f"({made['generated']:,} generated, scale {made['scale']})"
+    )
 
-# %% ../nbs/40_cli.ipynb #c037
+# %% ../nbs/40_cli.ipynb #c039
 @app.command()
 def evaluate(
     real: Annotated[Path, typer.Argument(metavar="REAL.h5ad", help="Held-out real cells with counts.")],
     synth: Annotated[Path, typer.Argument(metavar="SYNTH.h5ad", help="Cells that scld sample wrote.")],
     train: Annotated[Path | None, typer.Option(metavar="TRAIN.h5ad", help="Training cells, for the controls.")] = None,
-    labels: Annotated[str | None, typer.Option(metavar="KEY", help="Column of obs with labels: adds results by label.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="REPORT_DIR", help="Folder for report.json, report.csv and pictures.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Column of obs with labels: adds results by label.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="REPORT_DIR", help="Folder for report.json, report.csv and pictures."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes draws, folds and forests.")] = 0,
     n_trees: Annotated[int, typer.Option(min=1, help="Trees of each forest.")] = 1000,
 ) -> None:
@@ -347,11 +424,22 @@ def evaluate(
     from scld_nb.data import _read_h5ad
     from scld_nb.evaluation import evaluate as compare
 
-    cells = {name: _read_h5ad(path) for name, path in {"real": real, "synth": synth, "train": train}.items() if path is not None}
+    cells = {
+        name: _read_h5ad(path)
+        for name, path in {"real": real, "synth": synth, "train": train}.items()
+        if path is not None
+    }
     if output is not None:
         check_folder(output)
-    report = compare(cells["real"], cells["synth"], train=cells.get("train"), labels_key=labels, seed=seed, n_trees=n_trees,
-                     progress=None if sys.stderr.isatty() else False)
+    report = compare(
+        cells["real"],
+        cells["synth"],
+        train=cells.get("train"),
+        labels_key=labels,
+        seed=seed,
+        n_trees=n_trees,
+        progress=None if sys.stderr.isatty() else False,
+    )
     typer.echo(str(report))
     if output is not None:
         from scld_nb.plots import save_report
@@ -360,15 +448,25 @@ def evaluate(
         names = [n for n in ("report.json", "report.csv", "auc.png", "tsne.png") if (folder / n).exists()]
         typer.echo(f"wrote {', '.join(names)} in {folder}")
 
-# %% ../nbs/40_cli.ipynb #c040
-_USER_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
-                errno.EFBIG, errno.ENAMETOOLONG}
+# %% ../nbs/40_cli.ipynb #c042
+_USER_ERRNOS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+}
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
     """Exit status and the one line that says what is wrong."""
     text = " ".join(str(error).split())
-    if hasattr(error, "format_message"):                       # typer's usage errors
+    if hasattr(error, "format_message"):  # typer's usage errors
         context = getattr(error, "ctx", None)
         what = " ".join(error.format_message().split()).rstrip(".")
         return 2, f"{what}; see '{context.command_path if context else 'scld'} --help'"
@@ -387,7 +485,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"scld: note: {' '.join(str(message).split())}", file=sys.stderr)
 
-# %% ../nbs/40_cli.ipynb #c041
+# %% ../nbs/40_cli.ipynb #c043
 def main(args: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -409,9 +507,9 @@ def main(args: list[str] | None = None) -> int:
             status = typer.main.get_command(app).main(args, prog_name="scld", standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
             status = 130
-        except SystemExit as end:                              # training was stopped and has said so
+        except SystemExit as end:  # training was stopped and has said so
             return end.code if isinstance(end.code, int) else 1
-        except BrokenPipeError:                                # the reader of our output is gone, as in `scld datasets | head -1`
+        except BrokenPipeError:  # the reader of our output is gone, as in `scld datasets | head -1`
             sys.stdout = open(os.devnull, "w")
             return 1
         except Exception as error:

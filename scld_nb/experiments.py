@@ -194,6 +194,8 @@ class Study:
                  steps: int | None = None, ae_steps: int | None = None, sampling_steps: int | None = None, n_trees: int | None = None,
                  device: str = "auto", root: str | Path | None = None, progress: bool | None = None, **options):
         make_config(**options)                              # a wrong name is said before data are read
+        usual = asdict(make_config()) | {"preset": "default"}
+        options = {k: v for k, v in options.items() if v != usual[k]}
         self.seeds = tuple(int(s) for s in seeds)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds must be different integers, at least one; got {list(self.seeds)}")

@@ -47,13 +47,28 @@ from scld_nb.training import (
 SCALES = {"log1p": "log1p20k", "none": "counts20k"}
 GLOBAL = "global"
 CHOICES = {
-    "transform": tuple(SCALES), "head": ("mse",), "latent_act": ("none", "relu"), "out_act": ("relu", "softplus"),
-    "standardize": ("dimension", "none"), "fusion": FUSIONS, "drop": ("random", "first_k"), "variance": VARIANCES,
-    "precision": PRECISIONS, "scope": ("label", "all"), "pre_guidance": (True, False),
+    "transform": tuple(SCALES),
+    "head": ("mse",),
+    "latent_act": ("none", "relu"),
+    "out_act": ("relu", "softplus"),
+    "standardize": ("dimension", "none"),
+    "fusion": FUSIONS,
+    "drop": ("random", "first_k"),
+    "variance": VARIANCES,
+    "precision": PRECISIONS,
+    "scope": ("label", "all"),
+    "pre_guidance": (True, False),
 }
 RANGES = {
-    "p_uncond": (0, 1), "dropout": (0, 0.99), "keep": (1e-9, 1), "lr": (1e-12, 10), "weight_decay": (0, 10), "ema": (0, 1),
-    "clip": (1e-9, 1e9), "beta_1": (1e-9, 0.999), "beta_T": (1e-9, 0.999),
+    "p_uncond": (0, 1),
+    "dropout": (0, 0.99),
+    "keep": (1e-9, 1),
+    "lr": (1e-12, 10),
+    "weight_decay": (0, 10),
+    "ema": (0, 1),
+    "clip": (1e-9, 1e9),
+    "beta_1": (1e-9, 0.999),
+    "beta_T": (1e-9, 0.999),
 }
 
 
@@ -76,7 +91,9 @@ def _check_settings(config: "Config") -> None:
     if config.beta_1 > config.beta_T:
         raise InputError(f"beta_1 must not exceed beta_T, got {config.beta_1:g} and {config.beta_T:g}")
     if config.fusion == "attn" and (config.latent % 8 or config.e_width % 8):
-        raise InputError(f"fusion 'attn' needs latent and e_width in multiples of 8, got {config.latent} and {config.e_width}")
+        raise InputError(
+            f"fusion 'attn' needs latent and e_width in multiples of 8, got {config.latent} and {config.e_width}"
+        )
 
 # %% ../nbs/08_model.ipynb #c010
 @dataclass(frozen=True)
@@ -193,7 +210,9 @@ def read_labels(adata: ad.AnnData, labels_key: str | None) -> tuple[list[str], n
     names = [str(c) for c in labels.categories]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
-        raise InputError(f"obs[{labels_key!r}] has several labels that read {twice!r}, e.g. a number and a text; make them one")
+        raise InputError(
+            f"obs[{labels_key!r}] has several labels that read {twice!r}, e.g. a number and a text; make them one"
+        )
     return names, np.asarray(labels.codes, dtype=np.int64)
 
 # %% ../nbs/08_model.ipynb #c021
@@ -219,15 +238,23 @@ def _replace(path: Path, put: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_folder(folder: Path, config: dict, labels: dict, genes: Sequence[str], tensors: dict[str, torch.Tensor]) -> None:
+def write_folder(
+    folder: Path, config: dict, labels: dict, genes: Sequence[str], tensors: dict[str, torch.Tensor]
+) -> None:
     """Write the four files of a model, each whole or not at all, ``config.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
-    write = {"weights.safetensors": lambda p: p.write_bytes(save(tensors)),
-             "genes.txt": lambda p: p.write_bytes("".join(f"{g}\n" for g in genes).encode()),
-             "labels.json": lambda p: p.write_bytes(json.dumps(labels, indent=1, ensure_ascii=False).encode())}
+    write = {
+        "weights.safetensors": lambda p: p.write_bytes(save(tensors)),
+        "genes.txt": lambda p: p.write_bytes("".join(f"{g}\n" for g in genes).encode()),
+        "labels.json": lambda p: p.write_bytes(json.dumps(labels, indent=1, ensure_ascii=False).encode()),
+    }
     for name in PARTS:
         _replace(folder / name, write[name])
-    config = {"format": FORMAT, "version": __version__} | config | {"sha256": {name: file_sha256(folder / name) for name in PARTS}}
+    config = (
+        {"format": FORMAT, "version": __version__}
+        | config
+        | {"sha256": {name: file_sha256(folder / name) for name in PARTS}}
+    )
     _replace(folder / "config.json", lambda p: p.write_bytes(json.dumps(config, indent=1).encode()))
 
 # %% ../nbs/08_model.ipynb #c028
@@ -243,21 +270,28 @@ def read_folder(folder: Path) -> tuple[dict, dict, list[str], dict[str, torch.Te
     try:
         config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no model in {folder}: config.json is missing; give the folder that 'scld train -o' or SCLD.save "
-                         "wrote") from None
+        raise InputError(
+            f"no model in {folder}: config.json is missing; give the folder that 'scld train -o' or SCLD.save wrote"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); save the model again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int) or not isinstance(config.get("sha256"), dict):
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("format"), int)
+        or not isinstance(config.get("sha256"), dict)
+    ):
         raise InputError(f"{path} is not a model description; save the model again")
     if config["format"] > FORMAT:
-        raise InputError(f"the model in {folder} has format {config['format']}, this version reads up to {FORMAT}; "
-                         "upgrade scld_nb")
+        raise InputError(
+            f"the model in {folder} has format {config['format']}, this version reads up to {FORMAT}; upgrade scld_nb"
+        )
     for name in PARTS:
         if not (folder / name).is_file():
             raise InputError(f"the model in {folder} is incomplete: {name} is missing; save it again")
         if file_sha256(folder / name) != config["sha256"].get(name):
-            raise InputError(f"the model in {folder} is damaged or half-written: {name} does not match config.json; "
-                             "save it again")
+            raise InputError(
+                f"the model in {folder} is damaged or half-written: {name} does not match config.json; save it again"
+            )
     labels = json.loads((folder / "labels.json").read_bytes())
     genes = (folder / "genes.txt").read_bytes().decode().split("\n")[:-1]
     return config, labels, genes, load_file(folder / "weights.safetensors")
@@ -308,8 +342,17 @@ class SCLD:
     Wang et al. 2023, arXiv 2312.14220.
     """
 
-    def __init__(self, adata: ad.AnnData, labels_key: str | None = None, *, layer: str | None = None, preset: str = "default",
-                 device: str = "auto", seed: int = 0, **options):
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        labels_key: str | None = None,
+        *,
+        layer: str | None = None,
+        preset: str = "default",
+        device: str = "auto",
+        seed: int = 0,
+        **options,
+    ):
         self.config = make_config(preset, **options)
         self.seed = _whole("seed", seed, least=0)
         self.device = resolve_device(device)
@@ -338,23 +381,49 @@ class SCLD:
         c, n_genes = self.config, len(self.genes)
         with torch.random.fork_rng():
             torch.manual_seed(counter_seed(self.seed, "init"))
-            self.autoencoder = Autoencoder(n_genes, c.latent, hidden=c.hidden, latent_act=c.latent_act, out_act=c.out_act,
-                                           gene_means=torch.from_numpy(means[-1])).to(self.device)
-            self.denoiser = Denoiser(torch.from_numpy(means), c.latent, fusion=c.fusion, e_width=c.e_width, widths=c.widths,
-                                     dropout=c.dropout).to(self.device)
+            self.autoencoder = Autoencoder(
+                n_genes,
+                c.latent,
+                hidden=c.hidden,
+                latent_act=c.latent_act,
+                out_act=c.out_act,
+                gene_means=torch.from_numpy(means[-1]),
+            ).to(self.device)
+            self.denoiser = Denoiser(
+                torch.from_numpy(means),
+                c.latent,
+                fusion=c.fusion,
+                e_width=c.e_width,
+                widths=c.widths,
+                dropout=c.dropout,
+            ).to(self.device)
             self.scorer = Scorer(n_genes).to(self.device)
         self.schedule = linear_schedule(c.T, beta_1=c.beta_1, beta_T=c.beta_T)
         for module in (self.autoencoder, self.denoiser, self.scorer):
             module.eval()
 
     def __repr__(self) -> str:
-        state = ", ".join(f"{k}: {v['steps']} steps" if "steps" in v else f"{k}: {v['epochs']} epochs" for k, v in self.history.items())
-        return f"SCLD({len(self.genes)} genes, {len(self.labels)} labels from {self.labels_key!r}, {self.device}; {state or 'untrained'})"
+        state = ", ".join(
+            f"{k}: {v['steps']} steps" if "steps" in v else f"{k}: {v['epochs']} epochs"
+            for k, v in self.history.items()
+        )
+        what = f"{len(self.genes)} genes, {len(self.labels)} labels from {self.labels_key!r}, {self.device}"
+        return f"SCLD({what}; {state or 'untrained'})"
 
-    def train(self, max_steps: int = 20_000, *, ae_steps: int | None = None, scorer: bool = True,
-              autoencoder: "SCLD | None" = None, checkpoint_dir: str | Path | None = None, checkpoint_every: int = 1000,
-              resume: bool = False, sampling_steps: int | None = None, keep_partial: bool = True,
-              progress: bool | None = None) -> "SCLD":
+    def train(
+        self,
+        max_steps: int = 20_000,
+        *,
+        ae_steps: int | None = None,
+        scorer: bool = True,
+        autoencoder: "SCLD | None" = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        resume: bool = False,
+        sampling_steps: int | None = None,
+        keep_partial: bool = True,
+        progress: bool | None = None,
+    ) -> "SCLD":
         """Train Round/Map, then the denoiser on frozen latents (Algorithm 1), then the Scorer.
 
         Parameters
@@ -366,7 +435,8 @@ class SCLD:
         scorer
             Train the Scorer of post-guidance.
         autoencoder
-            A model of the same genes, transform and widths whose trained Round/Map is taken over instead of training one.
+            A model of the same genes, transform and widths whose trained Round/Map is taken over instead of training
+            one.
         checkpoint_dir, checkpoint_every, resume
             Folder for checkpoints, steps between them, and whether to go on from those found there.
         sampling_steps
@@ -393,9 +463,20 @@ class SCLD:
         max_steps = _whole("max_steps", max_steps)
         ae_steps = max_steps if ae_steps is None else _whole("ae_steps", ae_steps)
         self._steps(sampling_steps)
-        common = dict(seed=self.seed, device=self.device, batch_size=c.batch_size, lr=c.lr, weight_decay=c.weight_decay,
-                      ema=c.ema, clip=c.clip, precision=c.precision, resume=resume, fingerprint=self.fingerprint, show=progress,
-                      checkpoint_every=_whole("checkpoint_every", checkpoint_every))
+        common = dict(
+            seed=self.seed,
+            device=self.device,
+            batch_size=c.batch_size,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            ema=c.ema,
+            clip=c.clip,
+            precision=c.precision,
+            resume=resume,
+            fingerprint=self.fingerprint,
+            show=progress,
+            checkpoint_every=_whole("checkpoint_every", checkpoint_every),
+        )
 
         def file(stage: str) -> Path | None:
             return None if folder is None else folder / f"{stage}.safetensors"
@@ -405,15 +486,26 @@ class SCLD:
         else:
             if resume and folder is not None and file("denoiser").exists():
                 _same_autoencoder(file("autoencoder"), ae_steps)
-            done = train_autoencoder(self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common)
+            done = train_autoencoder(
+                self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common
+            )
             self._note("autoencoder", done, keep_partial)
         latents = fit_latent_statistics(self.autoencoder, self._reader, device=self.device)
         if c.standardize == "none":
             latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
             self.autoencoder.latent_mean.zero_()
             self.autoencoder.latent_std.fill_(1.0)
-        done = train_denoiser(self.denoiser, self.schedule, latents, torch.from_numpy(self._codes), steps=max_steps, drop=c.drop,
-                              p_uncond=c.p_uncond if c.pre_guidance else 1.0, checkpoint=file("denoiser"), **common)
+        done = train_denoiser(
+            self.denoiser,
+            self.schedule,
+            latents,
+            torch.from_numpy(self._codes),
+            steps=max_steps,
+            drop=c.drop,
+            p_uncond=c.p_uncond if c.pre_guidance else 1.0,
+            checkpoint=file("denoiser"),
+            **common,
+        )
         self._note("denoiser", done, keep_partial)
         if scorer and not done.interrupted:
             self._train_scorer(sampling_steps, progress)
@@ -427,18 +519,27 @@ class SCLD:
             raise InputError("the other model's autoencoder was trained on other genes or another transform")
         for name in ("latent", "hidden", "latent_act", "out_act"):
             if getattr(other.config, name) != getattr(self.config, name):
-                raise InputError(f"the other model's autoencoder has {name}={getattr(other.config, name)!r}, this model "
-                                 f"{getattr(self.config, name)!r}; construct both with the same")
+                raise InputError(
+                    f"the other model's autoencoder has {name}={getattr(other.config, name)!r}, this model "
+                    f"{getattr(self.config, name)!r}; construct both with the same"
+                )
         self.autoencoder.load_state_dict(other.autoencoder.state_dict())
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
     def _note(self, stage: str, done: FitResult, keep_partial: bool) -> None:
         if done.interrupted and not keep_partial:
             raise KeyboardInterrupt(f"{stage} was interrupted at step {done.step}")
-        self.history[stage] = {"steps": done.step, "loss": done.losses[-1] if done.losses else None, "losses": done.losses,
-                               "seconds": done.seconds, "interrupted": done.interrupted}
+        self.history[stage] = {
+            "steps": done.step,
+            "loss": done.losses[-1] if done.losses else None,
+            "losses": done.losses,
+            "seconds": done.seconds,
+            "interrupted": done.interrupted,
+        }
         if done.interrupted:
-            warnings.warn(f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3)
+            warnings.warn(
+                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3
+            )
 
     def _train_scorer(self, steps: int | None, progress: bool | None) -> None:
         """Fakes for the Scorer come from a generation run of their own: half holistic, half by label."""
@@ -450,7 +551,9 @@ class SCLD:
         with torch.random.fork_rng():
             torch.manual_seed(counter_seed(self.seed, "scorer-init"))
             self.scorer = Scorer(len(self.genes)).to(self.device)
-        self.history["scorer"] = train_scorer(self.scorer, self._reader, fake, seed=self.seed, device=self.device, show=progress)
+        self.history["scorer"] = train_scorer(
+            self.scorer, self._reader, fake, seed=self.seed, device=self.device, show=progress
+        )
 
     def _conditions(self, n: int, label: str | None, omega: float, seed: int) -> np.ndarray:
         """Condition index per cell: the label's, the global one, or labels in training proportions, shuffled."""
@@ -473,36 +576,67 @@ class SCLD:
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
         return self.autoencoder.decode(z).clamp_max(most)
 
-    def _generate(self, k: np.ndarray, omega: float, *, seed: int, sampler: str = "ddpm", steps: int | None = None,
-                  size: int = 1024, show: bool | None = None, desc: str = "sampling",
-                  stream: bool = True) -> tuple[sparse.csr_matrix, np.ndarray]:
+    def _generate(
+        self,
+        k: np.ndarray,
+        omega: float,
+        *,
+        seed: int,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        size: int = 1024,
+        show: bool | None = None,
+        desc: str = "sampling",
+        stream: bool = True,
+    ) -> tuple[sparse.csr_matrix, np.ndarray]:
         """Cells in model space and their scores; batches are decoded and scored while the next ones are sampled."""
         c, starts, stop = self.config, range(0, len(k), size), threading.Event()
         bar = progress_bar(len(starts) * (steps or self.schedule.T), desc, show=show)
 
         def on_step(_: int) -> None:
-            if stop.is_set():                        # the consumer is gone: do not finish the batch
+            if stop.is_set():  # the consumer is gone: do not finish the batch
                 raise InterruptedError("sampling was stopped")
             bar.update(1)
 
         def latents() -> Iterator[torch.Tensor]:
             for b, i in enumerate(starts):
-                kb = torch.from_numpy(k[i:i + size]).to(self.device)
-                yield sample_latents(guided_sampler(self.denoiser, kb, omega, precision=c.precision), self.schedule,
-                                     (len(kb), c.latent), seed=counter_seed(seed, "batch", b), sampler=sampler, steps=steps,
-                                     variance=c.variance, device=self.device, on_step=on_step)
+                kb = torch.from_numpy(k[i : i + size]).to(self.device)
+                yield sample_latents(
+                    guided_sampler(self.denoiser, kb, omega, precision=c.precision),
+                    self.schedule,
+                    (len(kb), c.latent),
+                    seed=counter_seed(seed, "batch", b),
+                    sampler=sampler,
+                    steps=steps,
+                    variance=c.variance,
+                    device=self.device,
+                    on_step=on_step,
+                )
 
         cells, scores = [], []
         with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
             for z in bounded_queue(latents(), stop=stop) if stream else latents():
                 x = self._decode(z)
-                scores.append(self.scorer.score(x).cpu().numpy() if "scorer" in self.history else np.full(len(z), np.nan))
+                scores.append(
+                    self.scorer.score(x).cpu().numpy() if "scorer" in self.history else np.full(len(z), np.nan)
+                )
                 cells.append(sparse.csr_matrix(x.cpu().numpy()))
         return sparse.vstack(cells, format="csr"), np.concatenate(scores)
 
-    def sample(self, n: int, label: str | None = None, *, omega: float = 0.0, sampler: str = "ddpm",
-               sampling_steps: int | None = None, keep: float | None = None, seed: int = 0, batch_size: int = 1024,
-               stream: bool = True, progress: bool | None = None) -> ad.AnnData:
+    def sample(
+        self,
+        n: int,
+        label: str | None = None,
+        *,
+        omega: float = 0.0,
+        sampler: str = "ddpm",
+        sampling_steps: int | None = None,
+        keep: float | None = None,
+        seed: int = 0,
+        batch_size: int = 1024,
+        stream: bool = True,
+        progress: bool | None = None,
+    ) -> ad.AnnData:
         r"""Draw ``n`` new cells.
 
         Parameters
@@ -517,8 +651,8 @@ class SCLD:
         sampler, sampling_steps
             ``"ddpm"`` (Algorithm 2), ``"ddim"`` or ``"dpm++"``; steps default to the T of training.
         keep
-            Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1 switches
-            selection off.
+            Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
+            switches selection off.
         seed
             The same seed gives the same cells.
         batch_size
@@ -542,7 +676,11 @@ class SCLD:
         if "denoiser" not in self.history:
             raise InputError("the model is not trained; call train() first, or load a trained one")
         n, seed, batch_size = _whole("n", n), _whole("seed", seed, least=0), _whole("batch_size", batch_size)
-        label, omega, keep = None if label is None else str(label), check_omega(omega), self.config.keep if keep is None else keep
+        label, omega, keep = (
+            None if label is None else str(label),
+            check_omega(omega),
+            self.config.keep if keep is None else keep,
+        )
         if label is not None and label not in self.labels:
             raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
         if sampler not in SAMPLERS:
@@ -558,22 +696,51 @@ class SCLD:
             k, m = np.unique(self._conditions(n, label, omega, seed), return_counts=True)
             k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
             k = np.random.default_rng(counter_seed(seed, "order")).permutation(k)
-        x, scores = self._generate(k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress,
-                                   stream=stream)
-        kept = keep_top(scores, k if self.config.scope == "label" else None, keep=keep) if keep < 1 else np.arange(len(k))
-        return self._to_anndata(x[kept], k[kept], scores[kept], omega, generated=len(k), keep=keep, label=label, seed=seed,
-                                sampler=sampler, steps=steps)
+        x, scores = self._generate(
+            k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress, stream=stream
+        )
+        kept = (
+            keep_top(scores, k if self.config.scope == "label" else None, keep=keep) if keep < 1 else np.arange(len(k))
+        )
+        return self._to_anndata(
+            x[kept],
+            k[kept],
+            scores[kept],
+            omega,
+            generated=len(k),
+            keep=keep,
+            label=label,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+        )
 
-    def _to_anndata(self, x: sparse.csr_matrix, k: np.ndarray, scores: np.ndarray, omega: float, *, label: str | None,
-                    **provenance) -> ad.AnnData:
+    def _to_anndata(
+        self, x: sparse.csr_matrix, k: np.ndarray, scores: np.ndarray, omega: float, *, label: str | None, **provenance
+    ) -> ad.AnnData:
         codes, key = np.where(k == len(self.labels), -1, k), self.labels_key or "label"
         obs = {key: pd.Categorical.from_codes(codes, categories=self.labels)}
-        obs |= {name: value for name, value in {
-            "condition": pd.Categorical([GLOBAL if c < 0 else self.labels[c] for c in codes]),
-            "omega": np.full(len(k), omega), "score": scores}.items() if name != key}
-        out = ad.AnnData(X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=pd.DataFrame(index=self.genes))
-        out.uns["scld"] = {"scale": SCALES[self.config.transform], "target_sum": TARGET_SUM, "label": label or "", "omega": omega,
-                           "labels_key": key, "version": __version__, "model": self.fingerprint} | provenance
+        obs |= {
+            name: value
+            for name, value in {
+                "condition": pd.Categorical([GLOBAL if c < 0 else self.labels[c] for c in codes]),
+                "omega": np.full(len(k), omega),
+                "score": scores,
+            }.items()
+            if name != key
+        }
+        out = ad.AnnData(
+            X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=pd.DataFrame(index=self.genes)
+        )
+        out.uns["scld"] = {
+            "scale": SCALES[self.config.transform],
+            "target_sum": TARGET_SUM,
+            "label": label or "",
+            "omega": omega,
+            "labels_key": key,
+            "version": __version__,
+            "model": self.fingerprint,
+        } | provenance
         return out
 
     def _read(self, adata: ad.AnnData | None, layer: str | None) -> CellReader:
@@ -585,13 +752,15 @@ class SCLD:
             raise InputError("var_names of adata repeat; call adata.var_names_make_unique()")
         missing = [g for g in self.genes if g not in adata.var_names]
         if missing:
-            raise InputError(f"{len(missing)} of the model's {len(self.genes)} genes are missing in adata, "
-                             f"e.g. {', '.join(missing[:3])}; pass cells with the same genes")
+            raise InputError(
+                f"{len(missing)} of the model's {len(self.genes)} genes are missing in adata, "
+                f"e.g. {', '.join(missing[:3])}; pass cells with the same genes"
+            )
         counts = counts_matrix(adata[:, self.genes], layer=layer)
         return CellReader(counts, target_sum=TARGET_SUM, transform=self.config.transform)
 
     def get_latent_representation(self, adata: ad.AnnData | None = None, *, layer: str | None = None) -> np.ndarray:
-        """Standardised latents Round(x), float32, shape ``(n_cells, latent)``; training cells if ``adata`` is not given.
+        """Standardised latents Round(x), float32, ``(n_cells, latent)``; training cells if ``adata`` is not given.
 
         Raises
         ------
@@ -622,11 +791,23 @@ class SCLD:
         """
         if "denoiser" not in self.history:
             raise InputError("the model is not trained; there is nothing to save yet")
-        tensors = {f"{name}.{k}": v.detach().cpu().contiguous().clone() for name in ("autoencoder", "denoiser", "scorer")
-                   for k, v in getattr(self, name).state_dict().items()}
-        write_folder(Path(folder), {"config": asdict(self.config), "seed": self.seed, "history": self.history,
-                                    "fingerprint": self.fingerprint},
-                     {"labels_key": self.labels_key, "labels": self.labels, "counts": self.label_counts}, self.genes, tensors)
+        tensors = {
+            f"{name}.{k}": v.detach().cpu().contiguous().clone()
+            for name in ("autoencoder", "denoiser", "scorer")
+            for k, v in getattr(self, name).state_dict().items()
+        }
+        write_folder(
+            Path(folder),
+            {
+                "config": asdict(self.config),
+                "seed": self.seed,
+                "history": self.history,
+                "fingerprint": self.fingerprint,
+            },
+            {"labels_key": self.labels_key, "labels": self.labels, "counts": self.label_counts},
+            self.genes,
+            tensors,
+        )
         return Path(folder)
 
     @classmethod
@@ -643,7 +824,11 @@ class SCLD:
         try:
             config, labels, model.genes, tensors = read_folder(Path(folder))
             model.config = Config(**config["config"])
-            model.labels_key, model.labels, model.label_counts = labels["labels_key"], labels["labels"], labels["counts"]
+            model.labels_key, model.labels, model.label_counts = (
+                labels["labels_key"],
+                labels["labels"],
+                labels["counts"],
+            )
             model.seed, model.history, model.fingerprint = config["seed"], config["history"], config["fingerprint"]
             model._build(tensors["denoiser.embed.means"].numpy())
             for name in ("autoencoder", "denoiser", "scorer"):
@@ -651,7 +836,9 @@ class SCLD:
                 getattr(model, name).load_state_dict(own)
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"the model in {folder} is damaged: its files do not fit together ({what}); save it again") from None
+            raise InputError(
+                f"the model in {folder} is damaged: its files do not fit together ({what}); save it again"
+            ) from None
         return model
 
 
@@ -659,8 +846,11 @@ def _check_noise(config: Config) -> None:
     """Warn of a schedule that ends far from pure noise, where sampling starts."""
     left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
     if left > 0.1:
-        warnings.warn(f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but sampling "
-                      f"starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000", stacklevel=3)
+        warnings.warn(
+            f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but "
+            f"sampling starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000",
+            stacklevel=3,
+        )
 
 
 def _same_autoencoder(path: Path, ae_steps: int) -> None:
@@ -669,14 +859,21 @@ def _same_autoencoder(path: Path, ae_steps: int) -> None:
         with safe_open(path, framework="pt") as file:
             step = json.loads((file.metadata() or {})["meta"])["step"]
     except (OSError, SafetensorError, KeyError, ValueError):
-        return                                       # absent or damaged: chapter 05 deals with it
+        return  # absent or damaged: chapter 05 deals with it
     if step != ae_steps:
-        raise InputError(f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
-                         f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there")
+        raise InputError(
+            f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
+            f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there"
+        )
 
 
 def _whole(name: str, value, *, least: int = 1) -> int:
     """A whole number of at least ``least``, or an error that says so."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or value < least or not float(value).is_integer():
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or value < least
+        or not float(value).is_integer()
+    ):
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)

@@ -47,9 +47,20 @@ class Scorer(nn.Module):
         return F.softmax(self(x).float(), dim=1)[:, 1]
 
 # %% ../nbs/07_scorer.ipynb #c013
-def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, seed: int = 0, device: torch.device,
-                 batch_size: int = 128, epochs: int = 30, patience: int = 3, holdout: float = 0.1, lr: float = 1e-3,
-                 show: bool | None = None) -> dict:
+def train_scorer(
+    scorer: Scorer,
+    real: CellReader,
+    fake: sparse.csr_matrix,
+    *,
+    seed: int = 0,
+    device: torch.device,
+    batch_size: int = 128,
+    epochs: int = 30,
+    patience: int = 3,
+    holdout: float = 0.1,
+    lr: float = 1e-3,
+    show: bool | None = None,
+) -> dict:
     """Teach the Scorer real training cells from generated ones, stopping early on held-out cells of both kinds.
 
     Parameters
@@ -91,8 +102,10 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
     rng = np.random.default_rng(counter_seed(seed, "scorer"))
     n = min(real.n_obs, fake.shape[0])
     if n < 10:
-        raise InputError(f"the Scorer needs at least 10 real and 10 generated cells, got {real.n_obs} and {fake.shape[0]}; "
-                         "pass scorer=False")
+        raise InputError(
+            f"the Scorer needs at least 10 real and 10 generated cells, got {real.n_obs} and {fake.shape[0]}; "
+            "pass scorer=False"
+        )
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
@@ -101,7 +114,9 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
         y = np.repeat([1, 0], [len(r), len(f)])
         return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
-    held = [batch(rows_real[i:min(i + 512, n_held)], rows_fake[i:min(i + 512, n_held)]) for i in range(0, n_held, 512)]
+    held = [
+        batch(rows_real[i : min(i + 512, n_held)], rows_fake[i : min(i + 512, n_held)]) for i in range(0, n_held, 512)
+    ]
     train_real, train_fake = rows_real[n_held:], rows_fake[n_held:]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=lr)
     best, half = {"loss": float("inf"), "epochs": 0}, batch_size // 2
@@ -111,7 +126,7 @@ def train_scorer(scorer: Scorer, real: CellReader, fake: sparse.csr_matrix, *, s
             scorer.train()
             order_r, order_f = rng.permutation(train_real), rng.permutation(train_fake)
             for i in range(0, len(order_r), half):
-                x, y = batch(order_r[i:i + half], order_f[i:i + half])
+                x, y = batch(order_r[i : i + half], order_f[i : i + half])
                 loss = F.cross_entropy(scorer(x), y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -165,7 +180,9 @@ def keep_top(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: floa
     if not 0 < keep <= 1:
         raise InputError(f"keep must lie in (0, 1], got {keep}")
     scores = np.asarray(scores)
-    groups = np.zeros(len(scores), dtype=int) if labels is None else np.unique(np.asarray(labels), return_inverse=True)[1]
+    groups = (
+        np.zeros(len(scores), dtype=int) if labels is None else np.unique(np.asarray(labels), return_inverse=True)[1]
+    )
     rows = []
     for g in range(groups.max(initial=-1) + 1):
         members = np.flatnonzero(groups == g)

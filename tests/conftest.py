@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (so that results are the same to the bit in every process), planted cells, a tiny model."""
+"""Shared by all tests: one thread (results are then the same to the bit in every process), planted cells, a tiny model."""
 
 import os
 
@@ -13,7 +13,17 @@ import torch
 
 torch.set_num_threads(1)
 
-TINY = {"T": 20, "beta_T": 0.6, "latent": 16, "hidden": 32, "widths": (64, 32), "e_width": 16, "ema": 0.95, "lr": 3e-3, "batch_size": 64}
+TINY = {
+    "T": 20,
+    "beta_T": 0.6,
+    "latent": 16,
+    "hidden": 32,
+    "widths": (64, 32),
+    "e_width": 16,
+    "ema": 0.95,
+    "lr": 3e-3,
+    "batch_size": 64,
+}
 
 
 def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed: int = 0) -> ad.AnnData:
@@ -25,8 +35,10 @@ def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed:
     profile = np.random.default_rng(1).gamma(0.7, 4.0, (len(shares), n_genes)) + 0.3
     rate = profile[types] * rng.gamma(5.0, 0.2, (n, 1))
     x = rng.poisson(rng.gamma(2.0, rate / 2.0)).astype(np.float32)
-    x[:, 0] += 1                                              # no cell without a count
-    obs = pd.DataFrame({"cell_type": pd.Categorical(np.array(["B", "NK", "T"])[types])}, index=[f"cell{seed}_{i}" for i in range(n)])
+    x[:, 0] += 1  # no cell without a count
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical(np.array(["B", "NK", "T"])[types])}, index=[f"cell{seed}_{i}" for i in range(n)]
+    )
     return ad.AnnData(sp.csr_matrix(x), obs=obs, var=pd.DataFrame(index=[f"gene{g}" for g in range(n_genes)]))
 
 

@@ -17,18 +17,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import planted_cells
 from safetensors.torch import load_file
 
-from scld_nb import cli, data, evaluation
+from conftest import planted_cells
+from scld_nb import cli, data, evaluation, training
 from scld_nb import model as model_module
-from scld_nb import training
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
 from scld_nb.data import InputError
 from scld_nb.model import SCLD
 
-SETTINGS = ("--set T=20 --set beta_T=0.6 --set latent=16 --set hidden=32 --set widths=64,32 --set e_width=16 --set ema=0.95 "
-            "--set lr=3e-3 --set batch_size=64")
+SETTINGS = (
+    "--set T=20 --set beta_T=0.6 --set latent=16 --set hidden=32 --set widths=64,32 --set e_width=16 --set ema=0.95 "
+    "--set lr=3e-3 --set batch_size=64"
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +101,36 @@ def test_console_script():
 def test_version_and_help_of_commands(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"scld_nb {cli.__version__}\n"
-    documented = {"datasets": "", "train": "DATA -o MODEL_DIR --labels --layer --head --steps 20000 --seed --device auto --resume --set",
-                  "sample": "MODEL_DIR -n -o OUT.h5ad --label --omega --sampler dpm++ --sampling-steps --keep 0.8 --seed",
-                  "evaluate": "REAL.h5ad SYNTH.h5ad --train --labels -o REPORT_DIR"}
+    documented = {
+        "datasets": "",
+        "train": "DATA -o MODEL_DIR --labels --layer --head --steps 20000 --seed --device auto --resume --set",
+        "sample": "MODEL_DIR -n -o OUT.h5ad --label --omega --sampler dpm++ --sampling-steps --keep 0.8 --seed",
+        "evaluate": "REAL.h5ad SYNTH.h5ad --train --labels -o REPORT_DIR",
+    }
     for command, words in documented.items():
         assert call(f"{command} --help") == 0
         text = capsys.readouterr().out
         assert all(word in text for word in words.split()), command
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("", "Missing command; see 'scld --help'"),
-    ("trian", "No such command 'trian'"),
-    ("train", "see 'scld train --help'"),
-    ("train pbmc68k_reduced", "see 'scld train --help'"),
-    ("train pbmc68k_reduced -o m --stepz 3", "No such option: --stepz"),
-    ("train pbmc68k_reduced -o m --steps many", "see 'scld train --help'"),
-    ("train pbmc68k_reduced -o m --steps 0", "'--steps'"),
-    ("train pbmc68k_reduced -o m --seed -1", "'--seed'"),
-    ("sample m -o x.h5ad", "'-n'"),
-    ("sample m -n 0 -o x.h5ad", "'-n'"),
-    ("sample m -n 5 -o x.h5ad --omega high", "'--omega'"),
-    ("sample m -n 5 -o x.h5ad extra", "extra"),
-    ("evaluate a.h5ad", "see 'scld evaluate --help'"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "Missing command; see 'scld --help'"),
+        ("trian", "No such command 'trian'"),
+        ("train", "see 'scld train --help'"),
+        ("train pbmc68k_reduced", "see 'scld train --help'"),
+        ("train pbmc68k_reduced -o m --stepz 3", "No such option: --stepz"),
+        ("train pbmc68k_reduced -o m --steps many", "see 'scld train --help'"),
+        ("train pbmc68k_reduced -o m --steps 0", "'--steps'"),
+        ("train pbmc68k_reduced -o m --seed -1", "'--seed'"),
+        ("sample m -o x.h5ad", "'-n'"),
+        ("sample m -n 0 -o x.h5ad", "'-n'"),
+        ("sample m -n 5 -o x.h5ad --omega high", "'--omega'"),
+        ("sample m -n 5 -o x.h5ad extra", "extra"),
+        ("evaluate a.h5ad", "see 'scld evaluate --help'"),
+    ],
+)
 def test_usage_errors(refuse, line, message):
     assert message in refuse(line)
 
@@ -138,10 +145,14 @@ def test_datasets(capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines[1:4]}
     assert list(rows) == ["pbmc68k_reduced", "pbmc68k", "brain_small"]
-    assert all(v in rows["pbmc68k"] for v in ("68,579", "17,789", " 10 ", "cf.10xgenomics.com")) and rows["pbmc68k"].endswith(" no")
+    assert all(v in rows["pbmc68k"] for v in ("68,579", "17,789", " 10 ", "cf.10xgenomics.com")) and rows[
+        "pbmc68k"
+    ].endswith(" no")
     assert "installed with scanpy" in rows["pbmc68k_reduced"] and rows["pbmc68k_reduced"].endswith("yes")
     (tmp_path / "1M_neurons_neuron20k.h5").write_bytes(b"0" * 2**20)
-    (tmp_path / "sets.json").write_text(json.dumps({"mine": {"filename": "mine.h5", "url": "https://example.org/mine.h5"}}))
+    (tmp_path / "sets.json").write_text(
+        json.dumps({"mine": {"filename": "mine.h5", "url": "https://example.org/mine.h5"}})
+    )
     monkeypatch.setenv("SCLD_DATASETS", str(tmp_path / "sets.json"))
     assert call("datasets") == 0
     out = capsys.readouterr().out
@@ -158,17 +169,26 @@ def test_settings_as_words():
     assert parse_setting("standardize=none") == ("standardize", "none")
     assert parse_setting("pre_guidance=False") == ("pre_guidance", False)
     values = {"int": "3", "float": "0.25", "str": "word", "bool": "true", "tuple": "3"}
-    for field in model_module.fields(model_module.Config):         # every field can be said in words
+    for field in model_module.fields(model_module.Config):  # every field can be said in words
         kind = str(getattr(field.type, "__name__", field.type)).split("[")[0].split(" ")[0]
         name, value = parse_setting(f"{field.name}={values[kind]}")
         assert name == field.name and value is not None
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("lr", "give NAME=VALUE"), ("=3", "unknown setting ''"), ("rate=3", "unknown setting 'rate'; known: transform"),
-    ("lr=fast", "lr must be a number"), ("T=2.5", "T must be a whole number"), ("lr=none", "lr must be a number"),
-    ("ema=some", "ema must be a number or none"), ("widths=a,b", "whole numbers with commas"), ("pre_guidance=2", "true or false"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr", "give NAME=VALUE"),
+        ("=3", "unknown setting ''"),
+        ("rate=3", "unknown setting 'rate'; known: transform"),
+        ("lr=fast", "lr must be a number"),
+        ("T=2.5", "T must be a whole number"),
+        ("lr=none", "lr must be a number"),
+        ("ema=some", "ema must be a number or none"),
+        ("widths=a,b", "whole numbers with commas"),
+        ("pre_guidance=2", "true or false"),
+    ],
+)
 def test_settings_that_are_not_understood(text, message):
     with pytest.raises(InputError) as error:
         parse_setting(text)
@@ -179,7 +199,14 @@ def test_settings_that_are_not_understood(text, message):
 
 
 def test_train_leaves_a_model_and_both_parts_of_the_split(trained, files):
-    assert sorted(f.name for f in trained.iterdir()) == ["config.json", "genes.txt", "labels.json", "test.h5ad", "train.h5ad", "weights.safetensors"]
+    assert sorted(f.name for f in trained.iterdir()) == [
+        "config.json",
+        "genes.txt",
+        "labels.json",
+        "test.h5ad",
+        "train.h5ad",
+        "weights.safetensors",
+    ]
     parts = {name: ad.read_h5ad(trained / f"{name}.h5ad") for name in ("train", "test")}
     train, test = data.default_split(data.load(files / "cells.h5ad", labels="cell_type"))
     for name, expected in (("train", train), ("test", test)):
@@ -197,7 +224,13 @@ def test_sample_then_evaluate(trained, tmp_path, capsys, monkeypatch):
     synth = ad.read_h5ad("new/folder/synth.h5ad")
     direct = SCLD.load(trained, device="cpu").sample(70, omega=0.5, seed=3, progress=False)
     assert (synth.X != direct.X).nnz == 0 and synth.obs.equals(direct.obs)
-    assert call(f"evaluate {trained}/test.h5ad new/folder/synth.h5ad --train {trained}/train.h5ad --labels cell_type -o report --n-trees 10") == 0
+    assert (
+        call(
+            f"evaluate {trained}/test.h5ad new/folder/synth.h5ad --train {trained}/train.h5ad --labels cell_type -o report "
+            "--n-trees 10"
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "n_real = n_fake = 70" in out and "rf_auc" in out and "mmd_biased" in out and "purity" in out
     assert "wrote report.json, report.csv, auc.png, tsne.png in report" in out
@@ -219,16 +252,23 @@ def test_evaluate_without_folder_prints_only(trained, tmp_path, capsys, monkeypa
 
 def test_options_of_sample(trained, tmp_path):
     out = tmp_path / "x.h5ad"
-    assert call(f"sample {trained} -n 12 -o {out} --label NK --sampler ddim --sampling-steps 4 --keep 1 --batch-size 5") == 0
+    assert (
+        call(f"sample {trained} -n 12 -o {out} --label NK --sampler ddim --sampling-steps 4 --keep 1 --batch-size 5")
+        == 0
+    )
     cells = ad.read_h5ad(out)
-    assert (cells.obs["cell_type"] == "NK").all() and cells.uns["scld"]["steps"] == 4 and cells.uns["scld"]["generated"] == 12
-    assert call(f"sample {trained} -n 7 -o {out} --omega -1") == 0                # replaces the file
+    assert (
+        (cells.obs["cell_type"] == "NK").all()
+        and cells.uns["scld"]["steps"] == 4
+        and cells.uns["scld"]["generated"] == 12
+    )
+    assert call(f"sample {trained} -n 7 -o {out} --omega -1") == 0  # replaces the file
     cells = ad.read_h5ad(out)
     assert cells.n_obs == 7 and cells.obs["cell_type"].isna().all() and cells.uns["scld"]["keep"] == 0.8
 
 
 def test_embedded_set_without_split(tmp_path, capsys):
-    line = f"train pbmc68k_reduced -o {tmp_path}/m --no-split --steps 2 --ae-steps 3 --preset paper --fusion cat --head mse {SETTINGS}"
+    line = f"train pbmc68k_reduced -o {tmp_path}/m --no-split --steps 2 --ae-steps 3 --preset paper --fusion cat {SETTINGS}"
     assert call(line) == 0
     out, err = capsys.readouterr()
     assert "training on 700 cells" in out and "test cells" not in out and "evaluate" not in out and err == ""
@@ -243,37 +283,44 @@ def test_counts_in_a_layer(files, tmp_path):
     cells.layers["umi"] = cells.X.copy()
     cells.X = cells.X.log1p()
     cells.write_h5ad(tmp_path / "logged.h5ad")
-    assert call(f"train {tmp_path}/logged.h5ad -o {tmp_path}/m --labels cell_type --layer umi --steps 2 {SETTINGS}") == 0
+    assert (
+        call(f"train {tmp_path}/logged.h5ad -o {tmp_path}/m --labels cell_type --layer umi --steps 2 {SETTINGS}") == 0
+    )
 
 
 # ---- wrong input: training
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("train pbmc86k -o m", "unknown dataset 'pbmc86k'; known: pbmc68k_reduced, pbmc68k, brain_small"),
-    ("train nowhere.h5ad -o m", "no such file: nowhere.h5ad"),
-    ("train broken.h5ad -o m", "cannot read broken.h5ad as .h5ad"),
-    ("train {cells} -o m --labels celltype", "no column 'celltype' in obs; columns there: cell_type"),
-    ("train {cells} -o m --layer raw", "no layer 'raw'"),
-    ("train pbmc68k_reduced -o m --layer raw", "is for .h5ad files"),
-    ("train logged.h5ad -o m --labels cell_type", "looks log-transformed, not counts"),
-    ("train {cells} -o m --head nb", "unknown head 'nb'; known: mse"),
-    ("train {cells} -o m --fusion multiply", "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
-    ("train {cells} -o m --preset fast", "unknown preset 'fast'; known: default, paper"),
-    ("train {cells} -o m --device tpu", "unknown device 'tpu'"),
-    ("train {cells} -o m --set rate=3", "unknown setting 'rate'; known:"),
-    ("train {cells} -o m --set lr=fast", "lr must be a number"),
-    ("train {cells} -o m --set keep=0", "keep must lie in"),
-    ("train {cells} -o m --resume --overwrite", "exclude each other"),
-    ("train {cells} -o broken.h5ad", "broken.h5ad is a file; give a folder"),
-    ("train {cells} -o broken.h5ad/m", "cannot write to folder broken.h5ad/m"),
-    ("train {few} -o m --labels cell_type", "no label has enough cells"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train pbmc86k -o m", "unknown dataset 'pbmc86k'; known: pbmc68k_reduced, pbmc68k, brain_small"),
+        ("train nowhere.h5ad -o m", "no such file: nowhere.h5ad"),
+        ("train broken.h5ad -o m", "cannot read broken.h5ad as .h5ad"),
+        ("train {cells} -o m --labels celltype", "no column 'celltype' in obs; columns there: cell_type"),
+        ("train {cells} -o m --layer raw", "no layer 'raw'"),
+        ("train pbmc68k_reduced -o m --layer raw", "is for .h5ad files"),
+        ("train logged.h5ad -o m --labels cell_type", "looks log-transformed, not counts"),
+        ("train {cells} -o m --head nb", "unknown head 'nb'; known: mse"),
+        ("train {cells} -o m --fusion multiply", "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
+        ("train {cells} -o m --preset fast", "unknown preset 'fast'; known: default, paper"),
+        ("train {cells} -o m --device tpu", "unknown device 'tpu'"),
+        ("train {cells} -o m --set rate=3", "unknown setting 'rate'; known:"),
+        ("train {cells} -o m --set lr=fast", "lr must be a number"),
+        ("train {cells} -o m --set keep=0", "keep must lie in"),
+        ("train {cells} -o m --resume --overwrite", "exclude each other"),
+        ("train {cells} -o broken.h5ad", "broken.h5ad is a file; give a folder"),
+        ("train {cells} -o broken.h5ad/m", "cannot write to folder broken.h5ad/m"),
+        ("train {few} -o m --labels cell_type", "no label has enough cells"),
+    ],
+)
 def test_training_errors(refuse, files, line, message):
     Path("broken.h5ad").write_bytes(b"not hdf5")
     cells = ad.read_h5ad(files / "cells.h5ad")
     if "{few}" in line:
-        some = cells[[int(np.flatnonzero(cells.obs["cell_type"] == t)[i]) for t in ("B", "NK", "T") for i in range(4)]].copy()
+        some = cells[
+            [int(np.flatnonzero(cells.obs["cell_type"] == t)[i]) for t in ("B", "NK", "T") for i in range(4)]
+        ].copy()
         some.write_h5ad("few.h5ad")
     if "logged" in line:
         cells.X = cells.X.log1p()
@@ -295,14 +342,14 @@ def test_a_model_is_not_replaced_unasked(refuse, trained, files, tmp_path, capsy
     assert "there is a model in" in (text := refuse(line)) and "--resume" in text and "--overwrite" in text
     assert same_weights(copy, trained)
     capsys.readouterr()
-    assert call(line, "--resume") == 0                                              # finished already
+    assert call(line, "--resume") == 0  # finished already
     assert "trained already; nothing to do" in capsys.readouterr().out
     assert "finished and was trained on other cells, settings, steps" in refuse(line + " --resume --seed 1")
     assert "finished and was trained on" in refuse(line.replace("--steps 150", "--steps 151") + " --resume")
     assert same_weights(copy, trained)
     assert call(line.replace("--steps 150", "--steps 3"), "--overwrite", "--seed", "1", "--no-split") == 0
     assert SCLD.load(copy, device="cpu").history["denoiser"]["steps"] == 3
-    assert not (copy / "test.h5ad").exists()                                        # no test cells of another split left
+    assert not (copy / "test.h5ad").exists()  # no test cells of another split left
 
 
 def test_an_unfinished_training_is_not_replaced_unasked(refuse, files, tmp_path, monkeypatch):
@@ -312,7 +359,7 @@ def test_an_unfinished_training_is_not_replaced_unasked(refuse, files, tmp_path,
     line = f"train {files}/cells.h5ad -o {tmp_path}/begun --labels cell_type --steps 2 {SETTINGS}"
     assert "there is an unfinished training in" in refuse(line)
     assert (begun / "autoencoder.safetensors").exists()
-    capture = main([*shlex.split(line), "--resume"])                                # a damaged checkpoint
+    capture = main([*shlex.split(line), "--resume"])  # a damaged checkpoint
     assert capture == 2
     assert call(line, "--overwrite") == 0 and not begun.exists()
 
@@ -335,32 +382,38 @@ def test_space_needed_is_enough(trained, files, tmp_path, monkeypatch):
         original(source, target)
 
     monkeypatch.setattr(os, "replace", measured)
-    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 4 --checkpoint-every 2 {SETTINGS}") == 0
+    assert (
+        call(f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 4 --checkpoint-every 2 {SETTINGS}")
+        == 0
+    )
     model = SCLD.load(tmp_path / "m", device="cpu")
     parameters = sum(p.numel() for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters())
     cells = ad.read_h5ad(files / "cells.h5ad")
-    overhead = 200_000                                                              # headers and text, small beside real weights
+    overhead = 200_000  # headers and text, small beside real weights
     assert asked and max(seen) <= 10 * 4 * parameters + 8 * cells.X.nnz + overhead
 
 
 # ---- wrong input: sampling
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("-n 5 -o x.h5ad --label Z", "unknown label 'Z'; known: B, NK, T"),
-    ("-n 5 -o x.h5ad --omega 3.5", "omega must lie in [-1, 3]"),
-    ("-n 5 -o x.h5ad --omega -1.5", "omega must lie in [-1, 3]"),
-    ("-n 5 -o x.h5ad --omega nan", "omega must lie in [-1, 3]"),
-    ("-n 5 -o x.h5ad --sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
-    ("-n 5 -o x.h5ad --sampling-steps 0", "sampling_steps must be a whole number of at least 1"),
-    ("-n 5 -o x.h5ad --sampling-steps 21", "sampling_steps must lie in 1..20"),
-    ("-n 5 -o x.h5ad --keep 0", "keep must lie in (0, 1], got 0"),
-    ("-n 5 -o x.h5ad --keep 1.1", "keep must lie in (0, 1]"),
-    ("-n 5 -o x.h5ad --device tpu", "unknown device 'tpu'"),
-    ("-n 5 -o x.csv", "output x.csv must end in .h5ad; give for instance -o x.h5ad"),
-    ("-n 5 -o folder.h5ad", "output folder.h5ad is a folder"),
-    ("-n 5 -o file/x.h5ad", "cannot write to folder file"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("-n 5 -o x.h5ad --label Z", "unknown label 'Z'; known: B, NK, T"),
+        ("-n 5 -o x.h5ad --omega 3.5", "omega must lie in [-1, 3]"),
+        ("-n 5 -o x.h5ad --omega -1.5", "omega must lie in [-1, 3]"),
+        ("-n 5 -o x.h5ad --omega nan", "omega must lie in [-1, 3]"),
+        ("-n 5 -o x.h5ad --sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+        ("-n 5 -o x.h5ad --sampling-steps 0", "sampling_steps must be a whole number of at least 1"),
+        ("-n 5 -o x.h5ad --sampling-steps 21", "sampling_steps must lie in 1..20"),
+        ("-n 5 -o x.h5ad --keep 0", "keep must lie in (0, 1], got 0"),
+        ("-n 5 -o x.h5ad --keep 1.1", "keep must lie in (0, 1]"),
+        ("-n 5 -o x.h5ad --device tpu", "unknown device 'tpu'"),
+        ("-n 5 -o x.csv", "output x.csv must end in .h5ad; give for instance -o x.h5ad"),
+        ("-n 5 -o folder.h5ad", "output folder.h5ad is a folder"),
+        ("-n 5 -o file/x.h5ad", "cannot write to folder file"),
+    ],
+)
 def test_sampling_errors(refuse, trained, monkeypatch, line, message):
     monkeypatch.setattr(SCLD, "_generate", lambda *a, **k: pytest.fail("sampling began"))
     Path("folder.h5ad").mkdir()
@@ -380,7 +433,9 @@ def test_models_that_cannot_be_read(refuse, trained, tmp_path):
     assert "damaged or half-written: weights.safetensors" in spoiled("weights.safetensors", b"\0" * 100)
     assert "config.json is damaged" in spoiled("config.json", b"{")
     later = json.loads((trained / "config.json").read_text()) | {"format": 99}
-    assert "has format 99, this version reads up to 1; upgrade scld_nb" in spoiled("config.json", json.dumps(later).encode())
+    assert "has format 99, this version reads up to 1; upgrade scld_nb" in spoiled(
+        "config.json", json.dumps(later).encode()
+    )
 
 
 def test_a_planted_pickle_is_ignored(trained, tmp_path):
@@ -424,6 +479,7 @@ def test_the_report_folder_is_checked_before_the_work(refuse, trained, monkeypat
 def raising(error):
     def function(*args, **kwargs):
         raise error
+
     return function
 
 
@@ -441,13 +497,20 @@ def test_anything_else_is_one_line_and_status_1(trained, tmp_path, capsys, monke
         call(line)
 
 
-@pytest.mark.parametrize(("error", "status", "message"), [
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
-    (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'; give another path, or change its permissions"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 2, "No such file or directory"),
-    (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
-])
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
+            "Permission denied: '/x'; give another path, or change its permissions",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 2, "No such file or directory"),
+        (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+    ],
+)
 def test_file_system_errors(trained, tmp_path, capsys, monkeypatch, error, status, message):
     monkeypatch.setattr(cli, "write_cells", raising(error))
     assert call(f"sample {trained} -n 3 -o {tmp_path}/x.h5ad") == status
@@ -495,7 +558,9 @@ def test_other_exits_pass_through(trained, monkeypatch, capsys):
 
 
 def test_warnings_become_notes(files, tmp_path, capsys):
-    line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 2 {SETTINGS}".replace("beta_T=0.6", "beta_T=0.02")
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 2 {SETTINGS}".replace(
+        "beta_T=0.6", "beta_T=0.02"
+    )
     assert call(line) == 0
     err = capsys.readouterr().err
     assert err.startswith("scld: note: T=20 with beta_T=0.02 leaves 90% of the signal") and err.count("\n") == 1
@@ -535,7 +600,7 @@ def test_a_signal_leaves_a_checkpoint(files, tmp_path, monkeypatch, capsys, unin
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 14:                                                        # between two checkpoints
+        if len(calls) == 14:  # between two checkpoints
             signal.raise_signal(number)
         return original(*args, **kwargs)
 
@@ -546,7 +611,7 @@ def test_a_signal_leaves_a_checkpoint(files, tmp_path, monkeypatch, capsys, unin
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert len(calls) == 14 and not (tmp_path / "m/config.json").exists()
     assert call(line, "--resume") == 0
-    assert len(calls) == 30 and same_weights(tmp_path / "m", uninterrupted)         # nothing was done twice
+    assert len(calls) == 30 and same_weights(tmp_path / "m", uninterrupted)  # nothing was done twice
 
 
 def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys):
@@ -624,11 +689,13 @@ def test_sigkill_at_any_moment_then_resume(files, tmp_path, uninterrupted):
         done = subprocess.run([sys.executable, "-c", KILL, moment, *words], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
         assert not (tmp_path / "m/config.json").exists()
-        if moment == "half a checkpoint":                                           # nothing usable, and nothing that looks so
+        if moment == "half a checkpoint":  # nothing usable, and nothing that looks so
             assert not list((tmp_path / "m").rglob("*.safetensors")) and list((tmp_path / "m").rglob("*.tmp"))
     assert main(words) == 0
     assert same_weights(tmp_path / "m", uninterrupted)
     one, other = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "m", uninterrupted))
-    assert [one["history"][s]["losses"] for s in ("autoencoder", "denoiser")] == [other["history"][s]["losses"] for s in ("autoencoder", "denoiser")]
+    assert [one["history"][s]["losses"] for s in ("autoencoder", "denoiser")] == [
+        other["history"][s]["losses"] for s in ("autoencoder", "denoiser")
+    ]
     assert one["history"]["scorer"] == other["history"]["scorer"] and one["fingerprint"] == other["fingerprint"]
     assert sorted(f.name for f in (tmp_path / "m").iterdir()) == sorted(f.name for f in uninterrupted.iterdir())

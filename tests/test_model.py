@@ -22,7 +22,15 @@ from safetensors.torch import load_file, save_file
 import scld_nb
 from scld_nb import model as model_module
 from scld_nb.data import InputError, file_sha256
-from scld_nb.model import FORMAT, PAPER, SCLD, Config, make_config, proportional, read_labels
+from scld_nb.model import (
+    FORMAT,
+    PAPER,
+    SCLD,
+    Config,
+    make_config,
+    proportional,
+    read_labels,
+)
 from scld_nb.scorer import n_to_generate
 
 
@@ -67,32 +75,41 @@ def test_version_is_a_literal():
 
 def test_presets():
     default, paper = make_config(), make_config("paper")
-    assert (default.transform, default.fusion, default.T, default.keep, default.ema) == ("log1p", "add", 1000, 0.8, 0.999)
+    assert (default.transform, default.fusion, default.T, default.keep, default.ema) == (
+        "log1p",
+        "add",
+        1000,
+        0.8,
+        0.999,
+    )
     assert {k for k in default.__dict__ if getattr(default, k) != getattr(paper, k)} == set(PAPER)
     assert make_config("paper", transform="log1p").transform == "log1p"
     assert make_config(widths=[8, 4]).widths == (8, 4)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"fusion": "multiply"}, "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
-    ({"head": "nb"}, "unknown head 'nb'; known: mse"),
-    ({"pre_guidance": "yes"}, "unknown pre_guidance 'yes'; known: True, False"),
-    ({"transform": "sqrt"}, "unknown transform"),
-    ({"widht": 3}, "unknown setting 'widht'; known: transform, head"),
-    ({"T": 0}, "T must be a positive integer, got 0"),
-    ({"latent": 1.5}, "latent must be a positive integer"),
-    ({"batch_size": True}, "batch_size must be a positive integer"),
-    ({"widths": ()}, "widths must be positive integers"),
-    ({"widths": (8, 0)}, "widths must be positive integers"),
-    ({"keep": 0}, "keep must lie in"),
-    ({"keep": None}, "keep must lie in"),
-    ({"lr": "fast"}, "lr must lie in"),
-    ({"p_uncond": float("nan")}, "p_uncond must lie in"),
-    ({"clip": 0}, "clip must lie in"),
-    ({"ema": 1.5}, "ema must lie in"),
-    ({"beta_1": 0.5, "beta_T": 0.1}, "beta_1 must not exceed beta_T"),
-    ({"fusion": "attn", "latent": 12}, "multiples of 8, got 12 and 256"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fusion": "multiply"}, "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
+        ({"head": "nb"}, "unknown head 'nb'; known: mse"),
+        ({"pre_guidance": "yes"}, "unknown pre_guidance 'yes'; known: True, False"),
+        ({"transform": "sqrt"}, "unknown transform"),
+        ({"widht": 3}, "unknown setting 'widht'; known: transform, head"),
+        ({"T": 0}, "T must be a positive integer, got 0"),
+        ({"latent": 1.5}, "latent must be a positive integer"),
+        ({"batch_size": True}, "batch_size must be a positive integer"),
+        ({"widths": ()}, "widths must be positive integers"),
+        ({"widths": (8, 0)}, "widths must be positive integers"),
+        ({"keep": 0}, "keep must lie in"),
+        ({"keep": None}, "keep must lie in"),
+        ({"lr": "fast"}, "lr must lie in"),
+        ({"p_uncond": float("nan")}, "p_uncond must lie in"),
+        ({"clip": 0}, "clip must lie in"),
+        ({"ema": 1.5}, "ema must lie in"),
+        ({"beta_1": 0.5, "beta_T": 0.1}, "beta_1 must not exceed beta_T"),
+        ({"fusion": "attn", "latent": 12}, "multiples of 8, got 12 and 256"),
+    ],
+)
 def test_settings_that_cannot_work(options, message):
     with pytest.raises(InputError) as error:
         make_config(**options)
@@ -127,8 +144,12 @@ def test_construction_errors(cells, tiny):
         return str(error.value)
 
     assert bad(key="celltype") == "no column 'celltype' in obs; it has: cell_type"
-    assert "2 cells without a label" in bad(lambda a: a.obs.__setitem__("cell_type", a.obs["cell_type"].where(np.arange(300) > 1)))
-    assert "several labels that read '1'" in bad(lambda a: a.obs.__setitem__("cell_type", pd.Categorical([1, "1"] * 150)))
+    assert "2 cells without a label" in bad(
+        lambda a: a.obs.__setitem__("cell_type", a.obs["cell_type"].where(np.arange(300) > 1))
+    )
+    assert "several labels that read '1'" in bad(
+        lambda a: a.obs.__setitem__("cell_type", pd.Categorical([1, "1"] * 150))
+    )
     assert "looks log-transformed" in bad(lambda a: setattr(a, "X", a.X.log1p()))
     assert "no layer 'raw'" in bad(layer="raw")
     assert "seed must be a whole number of at least 0, got -1" in bad(seed=-1)
@@ -143,7 +164,10 @@ def test_construction_errors(cells, tiny):
 
 
 def test_a_schedule_that_does_not_end_in_noise_is_named(cells, tiny):
-    with pytest.warns(UserWarning, match=r"T=20 with beta_T=0.02 leaves 90% of the signal at the last step.* use beta_T=0.6, or T=1000"):
+    with pytest.warns(
+        UserWarning,
+        match=r"T=20 with beta_T=0.02 leaves 90% of the signal at the last step.* use beta_T=0.6, or T=1000",
+    ):
         SCLD(cells, "cell_type", device="cpu", **tiny | {"beta_T": 0.02})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,7 +181,12 @@ def test_same_seed_same_first_weights_and_no_global_generator(cells, tiny):
     assert torch.equal(before, torch.get_rng_state())
     weights = [m.denoiser.unet.time[0].weight for m in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert a.fingerprint == b.fingerprint == c.fingerprint != SCLD(cells[1:], "cell_type", device="cpu", **tiny).fingerprint
+    assert (
+        a.fingerprint
+        == b.fingerprint
+        == c.fingerprint
+        != SCLD(cells[1:], "cell_type", device="cpu", **tiny).fingerprint
+    )
 
 
 def test_counts_in_a_layer_and_input_unchanged(cells, tiny):
@@ -202,8 +231,12 @@ def test_standardize_none_leaves_the_scale(cells, tiny, tiny_model):
 
 def test_genes_are_matched_by_name(tiny_model, cells):
     mixed = cells[:20, np.random.default_rng(0).permutation(60)].copy()
-    extra = ad.concat([mixed, ad.AnnData(sp.csr_matrix(np.ones((20, 1))), obs=mixed.obs, var=pd.DataFrame(index=["more"]))], axis=1)
-    np.testing.assert_allclose(tiny_model.get_latent_representation(extra), tiny_model.get_latent_representation(cells[:20]), atol=1e-5)
+    extra = ad.concat(
+        [mixed, ad.AnnData(sp.csr_matrix(np.ones((20, 1))), obs=mixed.obs, var=pd.DataFrame(index=["more"]))], axis=1
+    )
+    np.testing.assert_allclose(
+        tiny_model.get_latent_representation(extra), tiny_model.get_latent_representation(cells[:20]), atol=1e-5
+    )
     with pytest.raises(InputError, match="2 of the model's 60 genes are missing in adata, e.g. gene0, gene1"):
         tiny_model.get_latent_representation(cells[:, 2:])
     twice = cells[:5].copy()
@@ -219,8 +252,19 @@ def test_reconstruct(tiny_model, cells):
     assert ((out.X.toarray() - real) ** 2).mean() < ((real.mean(0) - real) ** 2).mean()
 
 
-@pytest.mark.parametrize("options", [{"max_steps": 0}, {"max_steps": 2.5}, {"ae_steps": 0}, {"checkpoint_every": 0}, {"max_steps": "many"},
-                                     {"max_steps": float("inf")}, {"max_steps": True}, {"sampling_steps": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 0},
+        {"max_steps": 2.5},
+        {"ae_steps": 0},
+        {"checkpoint_every": 0},
+        {"max_steps": "many"},
+        {"max_steps": float("inf")},
+        {"max_steps": True},
+        {"sampling_steps": 0},
+    ],
+)
 def test_step_numbers(cells, tiny, options):
     with pytest.raises(InputError, match=f"{next(iter(options))} must be a whole number of at least 1"):
         SCLD(cells, "cell_type", device="cpu", **tiny).train(**options, progress=False)
@@ -274,6 +318,7 @@ def test_ctrl_c_keeps_what_is_trained(cells, tiny, monkeypatch, tmp_path):
             if len(seen) in at:
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
+
         return loss
 
     model = SCLD(cells, "cell_type", device="cpu", **tiny)
@@ -281,8 +326,17 @@ def test_ctrl_c_keeps_what_is_trained(cells, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "diffusion_loss", interrupting(training.diffusion_loss, {11}))
     with pytest.warns(UserWarning, match="was interrupted at step") as notes:
         model.train(50, progress=False)
-    assert [str(n.message).split(";")[0] for n in notes] == ["autoencoder was interrupted at step 3", "denoiser was interrupted at step 6"]
-    assert model.history["denoiser"] | {"seconds": 0} == {"steps": 6, "loss": None, "losses": [], "seconds": 0, "interrupted": True}
+    assert [str(n.message).split(";")[0] for n in notes] == [
+        "autoencoder was interrupted at step 3",
+        "denoiser was interrupted at step 6",
+    ]
+    assert model.history["denoiser"] | {"seconds": 0} == {
+        "steps": 6,
+        "loss": None,
+        "losses": [],
+        "seconds": 0,
+        "interrupted": True,
+    }
     assert "scorer" not in model.history
     with pytest.raises(InputError, match="trained without a Scorer; pass keep=1"):
         model.sample(5)
@@ -324,8 +378,9 @@ def test_resume_equals_an_uninterrupted_run(cells, tiny, tmp_path, monkeypatch):
         target = stage
         monkeypatch.setattr(training, "batch_rows", rows)
         with pytest.raises(ConnectionError):
-            SCLD(cells, "cell_type", device="cpu", **tiny).train(30, ae_steps=40, checkpoint_dir=tmp_path, checkpoint_every=10, resume=True,
-                                                                 progress=False)
+            SCLD(cells, "cell_type", device="cpu", **tiny).train(
+                30, ae_steps=40, checkpoint_dir=tmp_path, checkpoint_every=10, resume=True, progress=False
+            )
         monkeypatch.undo()
 
     whole = SCLD(cells, "cell_type", device="cpu", **tiny).train(30, ae_steps=40, progress=False)
@@ -358,7 +413,9 @@ def test_a_checkpoint_of_another_run_is_refused(cells, tiny, tmp_path):
     SCLD(cells, "cell_type", device="cpu", **tiny).train(5, checkpoint_dir=tmp_path, scorer=False, progress=False)
     for other in ({"seed": 1}, {"dropout": 0.2}):
         with pytest.raises(InputError, match="was made with"):
-            SCLD(cells, "cell_type", device="cpu", **tiny | other).train(5, checkpoint_dir=tmp_path, resume=True, progress=False)
+            SCLD(cells, "cell_type", device="cpu", **tiny | other).train(
+                5, checkpoint_dir=tmp_path, resume=True, progress=False
+            )
 
 
 # ---- sampling
@@ -374,16 +431,21 @@ def test_proportions_by_largest_remainder(n, counts):
 @settings(max_examples=12, deadline=None)
 @given(n=st.integers(1, 40), keep=st.floats(0.3, 1.0), by_label=st.booleans(), omega=st.sampled_from([-1.0, 0.0, 0.7]))
 def test_exactly_n_cells(tiny_model, n, keep, by_label, omega):
-    got = tiny_model.sample(n, "NK" if by_label else None, omega=omega, keep=keep, sampler="ddim", sampling_steps=2, progress=False)
+    got = tiny_model.sample(
+        n, "NK" if by_label else None, omega=omega, keep=keep, sampler="ddim", sampling_steps=2, progress=False
+    )
     assert got.n_obs == n
 
 
 def test_labels_in_training_proportions(tiny_model):
     got = tiny_model.sample(50, progress=False)
     assert got.obs["cell_type"].value_counts().to_dict() == {"B": 30, "NK": 15, "T": 5}
-    assert list(got.obs["cell_type"].cat.categories) == ["B", "NK", "T"] and (got.obs["condition"] == got.obs["cell_type"]).all()
+    assert (
+        list(got.obs["cell_type"].cat.categories) == ["B", "NK", "T"]
+        and (got.obs["condition"] == got.obs["cell_type"]).all()
+    )
     assert got.uns["scld"]["generated"] == sum(n_to_generate(m, 0.8) for m in (30, 15, 5))
-    assert not (np.diff(got.obs["cell_type"].cat.codes) >= 0).all()           # mixed, not sorted
+    assert not (np.diff(got.obs["cell_type"].cat.codes) >= 0).all()  # mixed, not sorted
     assert got.obs["score"].between(0, 1).all()
 
 
@@ -393,7 +455,7 @@ def test_a_label_is_drawn_and_resembles_its_type(tiny_model):
         got = tiny_model.sample(40, label, keep=1, progress=False)
         assert (got.obs["cell_type"] == label).all()
         nearest = ((got.X.toarray()[:, None] - means) ** 2).sum(2).argmin(1)
-        assert (nearest == k).mean() > 0.6, label                              # chance: a third
+        assert (nearest == k).mean() > 0.6, label  # chance: a third
 
 
 def test_numbers_as_labels(cells, tiny, tiny_model):
@@ -405,9 +467,13 @@ def test_numbers_as_labels(cells, tiny, tiny_model):
 
 def test_holistic_cells_have_no_label(tiny_model):
     got = tiny_model.sample(20, omega=-1, progress=False)
-    assert got.obs["cell_type"].isna().all() and (got.obs["condition"] == "global").all() and (got.obs["omega"] == -1).all()
+    assert (
+        got.obs["cell_type"].isna().all()
+        and (got.obs["condition"] == "global").all()
+        and (got.obs["omega"] == -1).all()
+    )
     labelled = tiny_model.sample(20, "T", omega=-1, progress=False)
-    assert (got.X != labelled.X).nnz == 0                                      # the label has no effect
+    assert (got.X != labelled.X).nnz == 0  # the label has no effect
 
 
 def test_same_seed_same_cells(tiny_model):
@@ -415,13 +481,19 @@ def test_same_seed_same_cells(tiny_model):
     assert equal(a, b) and not equal(a, c)
 
 
-@pytest.mark.parametrize("options", [{}, {"omega": 1.5, "batch_size": 7}, {"label": "B", "sampler": "dpm++", "sampling_steps": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"omega": 1.5, "batch_size": 7}, {"label": "B", "sampler": "dpm++", "sampling_steps": 5}]
+)
 def test_stream_changes_nothing(tiny_model, options):
-    assert equal(tiny_model.sample(30, progress=False, **options), tiny_model.sample(30, progress=False, stream=False, **options))
+    assert equal(
+        tiny_model.sample(30, progress=False, **options), tiny_model.sample(30, progress=False, stream=False, **options)
+    )
 
 
 def test_samplers_and_steps(tiny_model):
-    drawn = {s: tiny_model.sample(20, sampler=s, sampling_steps=5, keep=1, progress=False) for s in ("ddpm", "ddim", "dpm++")}
+    drawn = {
+        s: tiny_model.sample(20, sampler=s, sampling_steps=5, keep=1, progress=False) for s in ("ddpm", "ddim", "dpm++")
+    }
     assert drawn["ddim"].uns["scld"]["steps"] == 5 and drawn["ddim"].uns["scld"]["sampler"] == "ddim"
     assert all(np.isfinite(d.X.data).all() for d in drawn.values())
     assert not equal(drawn["ddpm"], drawn["ddim"]) and not equal(drawn["ddim"], drawn["dpm++"])
@@ -441,26 +513,31 @@ def test_the_scorer_keeps_the_best_of_each_label(tiny_model):
     _, scores = model._generate(k, 0.0, seed=0)
     for label, code in zip("B NK T".split(), range(3)):
         best = np.sort(scores[k == code])[::-1]
-        np.testing.assert_array_equal(np.sort(kept.obs["score"][kept.obs["cell_type"] == label])[::-1], best[: (24, 12, 4)[code]])
+        np.testing.assert_array_equal(
+            np.sort(kept.obs["score"][kept.obs["cell_type"] == label])[::-1], best[: (24, 12, 4)[code]]
+        )
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"n": 0}, "n must be a whole number of at least 1, got 0"),
-    ({"n": 2.5}, "n must be a whole number"),
-    ({"n": "all"}, "n must be a whole number of at least 1, got 'all'"),
-    ({"label": "Z"}, "unknown label 'Z'; known: B, NK, T"),
-    ({"omega": -1.01}, "omega must lie in [-1, 3]"),
-    ({"omega": 3.01}, "omega must lie in [-1, 3]"),
-    ({"omega": float("nan")}, "omega must lie in [-1, 3]"),
-    ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
-    ({"sampling_steps": 0}, "sampling_steps must be a whole number of at least 1, got 0"),
-    ({"sampling_steps": 21}, "sampling_steps must lie in 1..20, got 21"),
-    ({"keep": 0}, "keep must lie in (0, 1], got 0"),
-    ({"keep": 1.2}, "keep must lie in (0, 1]"),
-    ({"keep": float("nan")}, "keep must lie in (0, 1]"),
-    ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-    ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n must be a whole number of at least 1, got 0"),
+        ({"n": 2.5}, "n must be a whole number"),
+        ({"n": "all"}, "n must be a whole number of at least 1, got 'all'"),
+        ({"label": "Z"}, "unknown label 'Z'; known: B, NK, T"),
+        ({"omega": -1.01}, "omega must lie in [-1, 3]"),
+        ({"omega": 3.01}, "omega must lie in [-1, 3]"),
+        ({"omega": float("nan")}, "omega must lie in [-1, 3]"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+        ({"sampling_steps": 0}, "sampling_steps must be a whole number of at least 1, got 0"),
+        ({"sampling_steps": 21}, "sampling_steps must lie in 1..20, got 21"),
+        ({"keep": 0}, "keep must lie in (0, 1], got 0"),
+        ({"keep": 1.2}, "keep must lie in (0, 1]"),
+        ({"keep": float("nan")}, "keep must lie in (0, 1]"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+    ],
+)
 def test_wrong_requests_are_refused_before_any_work(tiny_model, monkeypatch, options, message):
     monkeypatch.setattr(SCLD, "_generate", lambda *a, **k: pytest.fail("sampling began"))
     with pytest.raises(InputError) as error:
@@ -494,7 +571,9 @@ def test_without_labels(cells, tiny, tiny_model):
 
 
 def test_without_pre_guidance(cells, tiny, tiny_model):
-    model = SCLD(cells, "cell_type", device="cpu", pre_guidance=False, **tiny).train(20, autoencoder=tiny_model, progress=False)
+    model = SCLD(cells, "cell_type", device="cpu", pre_guidance=False, **tiny).train(
+        20, autoencoder=tiny_model, progress=False
+    )
     got = model.sample(10, progress=False)
     assert got.obs["cell_type"].isna().all() and got.n_obs == 10
     assert equal(got, model.sample(10, progress=False)) and model.history["scorer"]["n_fake"] == 300
@@ -502,7 +581,9 @@ def test_without_pre_guidance(cells, tiny, tiny_model):
 
 @pytest.mark.parametrize("fusion", ["cat", "attn", "add_input"])
 def test_other_fusions_train_and_sample(cells, tiny, tiny_model, fusion):
-    model = SCLD(cells, "cell_type", device="cpu", fusion=fusion, **tiny).train(3, autoencoder=tiny_model, scorer=False, progress=False)
+    model = SCLD(cells, "cell_type", device="cpu", fusion=fusion, **tiny).train(
+        3, autoencoder=tiny_model, scorer=False, progress=False
+    )
     assert model.sample(4, "T", omega=1, keep=1, progress=False).n_obs == 4
 
 
@@ -512,7 +593,7 @@ def test_preset_paper(cells, tiny, tmp_path):
     assert model.config.ema is None and model.config.scope == "all"
     got = model.sample(40, progress=False)
     assert got.n_obs == 40 and got.uns["scld"]["generated"] == 50 and got.uns["scld"]["scale"] == "counts20k"
-    assert got.X.min() >= 0 and got.X.max() > 100                              # un-logged
+    assert got.X.min() >= 0 and got.X.max() > 100  # un-logged
     assert equal(SCLD.load(model.save(tmp_path / "p"), device="cpu").sample(40, progress=False), got)
 
 
@@ -534,7 +615,9 @@ def test_a_failure_in_scoring_ends_sampling(tiny_model, monkeypatch):
 
 
 def test_a_failure_in_sampling_surfaces(tiny_model, monkeypatch):
-    monkeypatch.setattr(model_module, "sample_latents", lambda *a, **k: (_ for _ in ()).throw(MemoryError("device is full")))
+    monkeypatch.setattr(
+        model_module, "sample_latents", lambda *a, **k: (_ for _ in ()).throw(MemoryError("device is full"))
+    )
     with pytest.raises(MemoryError, match="device is full"):
         tiny_model.sample(5, progress=False)
     assert not [t for t in threading.enumerate() if t.name == "scld-sampling"]
@@ -564,7 +647,10 @@ def test_a_loaded_model_draws_the_same_cells(tiny_model, saved, cells):
     np.testing.assert_array_equal(loaded.get_latent_representation(cells), tiny_model.get_latent_representation(cells))
     for name in ("config", "labels", "labels_key", "label_counts", "genes", "seed", "history", "fingerprint"):
         assert getattr(loaded, name) == getattr(tiny_model, name)
-    assert equal(SCLD.load(loaded.save(saved.parent / "again"), device="cpu").sample(9, progress=False), tiny_model.sample(9, progress=False))
+    assert equal(
+        SCLD.load(loaded.save(saved.parent / "again"), device="cpu").sample(9, progress=False),
+        tiny_model.sample(9, progress=False),
+    )
 
 
 def test_a_loaded_model_has_no_cells(saved):
@@ -621,14 +707,22 @@ def test_missing_and_damaged_files(saved, name):
 
 def test_damaged_description(saved):
     config = json.loads((saved / "config.json").read_text())
-    for text, what in (("{", "is damaged"), ("\xff", "is damaged"), ("[]", "is not a model description"), ("{}", "is not a model description"),
-                       (json.dumps(config | {"sha256": None}), "is not a model description"),
-                       (json.dumps(config | {"sha256": {}}), "does not match"),
-                       (json.dumps({k: v for k, v in config.items() if k != "seed"}), "do not fit together"),
-                       (json.dumps(config | {"config": config["config"] | {"new": 1}}), "do not fit together"),
-                       (json.dumps(config | {"config": config["config"] | {"latent": 8}}), "do not fit together"),
-                       (json.dumps(config | {"config": config["config"] | {"head": "nb"}}), "unknown head 'nb'"),
-                       (json.dumps(config | {"format": FORMAT + 1}), f"has format {FORMAT + 1}, this version reads up to {FORMAT}; upgrade")):
+    for text, what in (
+        ("{", "is damaged"),
+        ("\xff", "is damaged"),
+        ("[]", "is not a model description"),
+        ("{}", "is not a model description"),
+        (json.dumps(config | {"sha256": None}), "is not a model description"),
+        (json.dumps(config | {"sha256": {}}), "does not match"),
+        (json.dumps({k: v for k, v in config.items() if k != "seed"}), "do not fit together"),
+        (json.dumps(config | {"config": config["config"] | {"new": 1}}), "do not fit together"),
+        (json.dumps(config | {"config": config["config"] | {"latent": 8}}), "do not fit together"),
+        (json.dumps(config | {"config": config["config"] | {"head": "nb"}}), "unknown head 'nb'"),
+        (
+            json.dumps(config | {"format": FORMAT + 1}),
+            f"has format {FORMAT + 1}, this version reads up to {FORMAT}; upgrade",
+        ),
+    ):
         (saved / "config.json").write_text(text, encoding="latin-1")
         assert what in refused(saved)
 
@@ -652,11 +746,11 @@ def test_nothing_in_the_folder_is_executed(saved, tmp_path, tiny_model):
     assert equal(SCLD.load(saved, device="cpu").sample(5, progress=False), tiny_model.sample(5, progress=False))
     (saved / "weights.safetensors").write_bytes(bomb)
     assert "does not match" in refused(saved)
-    reseal(saved)                                                              # even where the checksum is right
+    reseal(saved)  # even where the checksum is right
     assert "do not fit together" in refused(saved)
     assert not marker.exists()
     pickle.loads(bomb)
-    assert marker.exists()                                                     # the charge was live
+    assert marker.exists()  # the charge was live
 
 
 def test_weights_of_another_model(saved):
@@ -668,7 +762,9 @@ def test_weights_of_another_model(saved):
 
 def test_an_interrupted_save_is_recognised(tiny_model, saved, cells, tiny, monkeypatch):
     """Overwriting a model is cut off behind the weights: old description, new weights."""
-    other = SCLD(cells, "cell_type", device="cpu", seed=9, **tiny).train(3, autoencoder=tiny_model, scorer=False, progress=False)
+    other = SCLD(cells, "cell_type", device="cpu", seed=9, **tiny).train(
+        3, autoencoder=tiny_model, scorer=False, progress=False
+    )
     original = model_module._replace
 
     def cut_off(path, put):
@@ -685,7 +781,9 @@ def test_an_interrupted_save_is_recognised(tiny_model, saved, cells, tiny, monke
 
 
 def test_no_temporary_files_remain(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        model_module.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError):
         tiny_model.save(tmp_path / "m")
     assert list((tmp_path / "m").iterdir()) == []

@@ -49,26 +49,30 @@ def test_ddpm_step_equals_diffusers(t, variance):
     double = in_double(DDPMScheduler(**LINEAR, variance_type=variance))
     theirs = double.step(eps, t - 1, z, generator=torch.Generator().manual_seed(7)).prev_sample
     torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
-    plain = DDPMScheduler(**LINEAR, variance_type=variance)                   # as it comes, fp32 tables
+    plain = DDPMScheduler(**LINEAR, variance_type=variance)       # as it comes: 1 - alpha_bar in fp32 loses digits at small t
     theirs = plain.step(eps, t - 1, z, generator=torch.Generator().manual_seed(7)).prev_sample
-    torch.testing.assert_close(ours, theirs.double(), atol=5e-6 if t > 1 else 1e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs.double(), atol=5e-4 if t <= 10 else 1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("steps", [20, 1000])
 def test_whole_ancestral_walk_equals_diffusers(steps, variance):
-    scheduler = in_double(DDPMScheduler(**LINEAR, variance_type=variance, timestep_spacing="trailing"))
+    """Without noise in the last step, as in Algorithm 2; diffusers' "fixed large" adds some there on a respaced walk."""
+    scheduler, quiet = (in_double(DDPMScheduler(**LINEAR, variance_type=v, timestep_spacing="trailing"))
+                        for v in (variance, "fixed_small"))
     scheduler.set_timesteps(steps)
+    quiet.set_timesteps(steps)
     plan, g = SCHEDULE.respace(steps), torch.Generator().manual_seed(3)
     assert (scheduler.timesteps + 1).tolist() == plan.timesteps[1:].flip(0).tolist()
     ours = theirs = latents()
     for t, their_t in zip(range(plan.T, 0, -1), scheduler.timesteps):
         state = g.get_state()
-        theirs = scheduler.step(oracle(theirs, torch.full((6,), int(their_t) + 1)), their_t, theirs, generator=g).prev_sample
+        eps = oracle(theirs, torch.full((6,), int(their_t) + 1))
+        theirs = (scheduler if t > 1 else quiet).step(eps, their_t, theirs, generator=g).prev_sample
         g.set_state(state)
         noise = torch.randn(ours.shape, dtype=torch.float64, generator=g) if t > 1 else None
         ours = ddpm_step(plan, ours, t, oracle(ours, plan.timesteps[torch.full((6,), t)]), noise, variance=variance)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [5, 20, 100, 1000])
@@ -109,12 +113,12 @@ def test_dpmpp_walk_equals_diffusers(steps):
 
 def test_dpmpp_step_is_the_papers_formula():
     """Algorithm 2 of Lu et al. in float64 numpy, with alpha, sigma and lambda written out."""
-    plan, z, z0, before = SCHEDULE.respace(12), latents(1), latents(2), latents(3)
+    plan = SCHEDULE.respace(12)
     a = plan.alpha_bar.numpy()
     alpha, sigma = np.sqrt(a), np.sqrt(1 - a)
     with np.errstate(divide="ignore"):
         lam = np.log(alpha) - np.log(sigma)
-    z, z0, before = latents(6, 4, 1), latents(6, 4, 2), latents(6, 4, 3)
+    z, z0, before = (latents(seed=s) for s in (1, 2, 3))
     for t in range(2, 12):
         h, h_before = lam[t - 1] - lam[t], lam[t] - lam[t + 1]
         r = h_before / h
@@ -124,6 +128,7 @@ def test_dpmpp_step_is_the_papers_formula():
     assert torch.equal(dpmpp_step(plan, z, 1, z0, before), z0)
 
 
+@settings(deadline=None, max_examples=30)
 @given(t=st.integers(1, 40), steps=st.sampled_from([40, 100, 1000]))
 def test_without_memory_dpmpp_is_ddim(t, steps):
     plan, z, eps = SCHEDULE.respace(steps), latents(), latents(seed=5)
@@ -133,6 +138,7 @@ def test_without_memory_dpmpp_is_ddim(t, steps):
 
 # the ancestral step from its definition
 
+@settings(deadline=None, max_examples=30)
 @given(t=st.integers(2, 1000))
 def test_the_mean_of_a_step_is_the_posterior_mean_of_the_predicted_latent(t):
     z, eps = latents(), latents(seed=6)
@@ -188,8 +194,11 @@ def exact_flow(z_T):
 
 def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order():
     z_T = latents(200, 1).float()
-    errors = {name: [(sample_latents(oracle, SCHEDULE, z_T.shape, sampler=name, steps=n, start=z_T) - exact_flow(z_T)).abs().max().item()
-                     for n in (25, 50, 100)] for name in ("ddim", "dpm++")}
+
+    def error(name, n):
+        return (sample_latents(oracle, SCHEDULE, z_T.shape, sampler=name, steps=n, start=z_T) - exact_flow(z_T)).abs().max().item()
+
+    errors = {name: [error(name, n) for n in (25, 50, 100)] for name in ("ddim", "dpm++")}
     assert errors["ddim"][2] < 0.06 and errors["dpm++"][2] < 0.006
     order = {name: np.log2(np.array(e[:-1]) / np.array(e[1:])) for name, e in errors.items()}
     assert (np.abs(order["ddim"] - 1) < 0.25).all() and order["dpm++"].max() > 1.5

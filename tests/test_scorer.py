@@ -59,14 +59,16 @@ def test_learns_a_planted_difference_and_ranks_unseen_fakes_by_it(planted):
     with torch.no_grad():
         scores = scorer.score(torch.from_numpy(fake.read(~taught))).numpy()
     good, poor = scores[~bad[~taught]], scores[bad[~taught]]
-    auc = (good[:, None] > poor).mean()                       # the share of pairs in the right order
+    auc = (good[:, None] > poor).mean()  # the share of pairs in the right order
     assert auc > 0.9
 
 
 def test_cannot_tell_real_from_real(cells):
     scorer = new_scorer(60)
-    found = train_scorer(scorer, CellReader(cells.X[:150]), CellReader(cells.X[150:]).read_sparse(slice(None)), device=CPU, show=False)
-    held = np.sqrt(0.25 / (2 * 15))                           # sd of a coin over 2 x 15 held-out cells
+    found = train_scorer(
+        scorer, CellReader(cells.X[:150]), CellReader(cells.X[150:]).read_sparse(slice(None)), device=CPU, show=False
+    )
+    held = np.sqrt(0.25 / (2 * 15))  # sd of a coin over 2 x 15 held-out cells
     assert abs(found["accuracy"] - 0.5) < 4 * held and found["loss"] > 0.6
 
 
@@ -85,7 +87,7 @@ def test_stops_early_and_keeps_the_best_epoch(planted):
     fakes = fake.read_sparse(slice(None))
     scorer, again = new_scorer(60), new_scorer(60)
     found = train_scorer(scorer, real, fakes, device=CPU, epochs=200, patience=2, lr=0.02, show=False)
-    assert found["epochs"] < 198                              # ended long before the last epoch
+    assert found["epochs"] < 198  # ended long before the last epoch
     train_scorer(again, real, fakes, device=CPU, epochs=found["epochs"], patience=2, lr=0.02, show=False)
     assert all(torch.equal(a, b) for a, b in zip(scorer.parameters(), again.parameters()))
 
@@ -93,19 +95,26 @@ def test_stops_early_and_keeps_the_best_epoch(planted):
 @pytest.mark.parametrize(("n_real", "n_fake"), [(9, 50), (50, 9)])
 def test_too_few_cells(cells, n_real, n_fake):
     reader = CellReader(cells.X[:n_real])
-    with pytest.raises(InputError, match=f"at least 10 real and 10 generated cells, got {n_real} and {n_fake}; pass scorer=False"):
-        train_scorer(new_scorer(60), reader, CellReader(cells.X[:n_fake]).read_sparse(slice(None)), device=CPU, show=False)
+    with pytest.raises(
+        InputError, match=f"at least 10 real and 10 generated cells, got {n_real} and {n_fake}; pass scorer=False"
+    ):
+        train_scorer(
+            new_scorer(60), reader, CellReader(cells.X[:n_fake]).read_sparse(slice(None)), device=CPU, show=False
+        )
 
 
 # ---- the cut
 
 
 @settings(max_examples=400, deadline=None)
-@given(n=st.integers(1, 20_000), keep=st.floats(0.01, 1.0) | st.sampled_from([0.1, 0.2, 0.29, 0.57, 0.58, 0.7, 0.8, 0.9, 0.99, 1.0]))
+@given(
+    n=st.integers(1, 20_000),
+    keep=st.floats(0.01, 1.0) | st.sampled_from([0.1, 0.2, 0.29, 0.57, 0.58, 0.7, 0.8, 0.9, 0.99, 1.0]),
+)
 def test_exactly_n_remain(n, keep):
     m = n_to_generate(n, keep)
     assert len(keep_top(np.linspace(1, 0, m), keep=keep)) == n
-    assert m - 1 < n / keep + 1e-6                            # and none is generated in vain
+    assert m - 1 < n / keep + 1e-6  # and none is generated in vain
 
 
 def test_keeps_exactly_80_percent_of_each_label():
@@ -137,8 +146,8 @@ def test_kept_cells_are_the_best_of_their_label_in_order(pairs, keep):
 
 def test_cut_edges():
     assert keep_top(np.zeros(0)).tolist() == []
-    assert keep_top(np.array([0.5])).tolist() == [0]          # at least one
-    assert keep_top(np.array([0.2, 0.9, 0.2]), keep=0.67).tolist() == [0, 1]      # ties: the earlier one
+    assert keep_top(np.array([0.5])).tolist() == [0]  # at least one
+    assert keep_top(np.array([0.2, 0.9, 0.2]), keep=0.67).tolist() == [0, 1]  # ties: the earlier one
     for keep in (0, -0.1, 1.01, float("nan")):
         with pytest.raises(InputError, match="keep must lie in"):
             keep_top(np.ones(3), keep=keep)
@@ -189,12 +198,12 @@ def test_at_most_maxsize_wait():
         nonlocal made
         for made in itertools.count(1):
             if made == 5:
-                reached.set()                                 # 1 taken, 3 waiting, 1 in hand
+                reached.set()  # 1 taken, 3 waiting, 1 in hand
             yield made
 
     queue = bounded_queue(produce(), maxsize=3)
     assert next(queue) == 1
-    assert reached.wait(timeout=30)                           # it does run ahead
+    assert reached.wait(timeout=30)  # it does run ahead
     for taken in range(2, 200):
         assert next(queue) == taken
         assert made <= taken + 3 + 1
@@ -237,7 +246,7 @@ def test_a_slow_producer_can_watch_stop():
 
     def produce():
         yield "first"
-        while not stop.wait(timeout=0.001):                   # an item that would never be finished
+        while not stop.wait(timeout=0.001):  # an item that would never be finished
             steps.append(1)
         raise InterruptedError
 

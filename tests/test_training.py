@@ -535,8 +535,9 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, spoil):
     assert "\n" not in str(caught.value) and torch.equal(before, flat(model))
 
 
-@pytest.mark.parametrize("change, named", [({"seed": 1}, "seed=0, this run has 1"), ({"stage": "b"}, "stage='toy', this run has 'b'"),
-                                           ({"fingerprint": "x"}, "fingerprint='', this run has 'x'"), ({"ema": None}, "setting of ema")])
+@pytest.mark.parametrize("change, named", [
+    ({"seed": 1}, "seed=0, this run has 1"), ({"stage": "b"}, "stage='toy', this run has 'b'"),
+    ({"fingerprint": "x"}, "fingerprint='', this run has 'x'"), ({"ema": None}, "setting of ema")])
 def test_checkpoints_of_another_run_are_refused(tmp_path, change, named):
     path, model = tmp_path / "c", small(3)
     run(steps=5, checkpoint=path)
