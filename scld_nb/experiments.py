@@ -254,6 +254,10 @@ class Study:
         self.done.append(path)
         return json.loads(path.read_text("utf-8"))
 
+    def _jobs(self) -> int | None:
+        """All cores for the forests, unless the trees are so small that handing them out costs more."""
+        return -1 if self.n >= 500 else None
+
     def _device(self) -> torch.device:
         return next(iter(self._models.values())).device if self._models else torch.device("cpu")
 
@@ -261,7 +265,7 @@ class Study:
         """Positive and negative control and the kernel bandwidths; the same for every method of a seed."""
         if seed not in self._controls:
             groups = [expression(part, "counts20k") for part in (self.test, self.train)]
-            self._controls[seed] = make_controls(*groups, n=self.n, seed=seed, n_trees=self.budget.n_trees, n_jobs=-1)
+            self._controls[seed] = make_controls(*groups, n=self.n, seed=seed, n_trees=self.budget.n_trees, n_jobs=self._jobs())
         return self._controls[seed]
 
     def judge(self, cells: ad.AnnData, seed: int, method: str) -> list[dict]:
@@ -269,7 +273,7 @@ class Study:
         if cells.n_obs != self.n:
             raise InputError(f"{method}: {cells.n_obs} cells against {self.n} test cells; the same n is a rule")
         report = evaluate(self.test, cells, train=self.train, seed=seed, n_trees=self.budget.n_trees, controls=self.controls(seed),
-                          dataset=self.name, method=method, progress=False)
+                          dataset=self.name, method=method, n_jobs=self._jobs(), progress=False)
         return report.records
 
     def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:

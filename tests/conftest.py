@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (results are then the same to the bit in every process), planted cells, a tiny model."""
+"""Shared by all tests: one thread (so that every process gets the same bits), planted cells, a tiny model."""
 
 import os
 

@@ -224,13 +224,8 @@ def test_sample_then_evaluate(trained, tmp_path, capsys, monkeypatch):
     synth = ad.read_h5ad("new/folder/synth.h5ad")
     direct = SCLD.load(trained, device="cpu").sample(70, omega=0.5, seed=3, progress=False)
     assert (synth.X != direct.X).nnz == 0 and synth.obs.equals(direct.obs)
-    assert (
-        call(
-            f"evaluate {trained}/test.h5ad new/folder/synth.h5ad --train {trained}/train.h5ad --labels cell_type -o report "
-            "--n-trees 10"
-        )
-        == 0
-    )
+    options = f"--train {trained}/train.h5ad --labels cell_type -o report --n-trees 10"
+    assert call(f"evaluate {trained}/test.h5ad new/folder/synth.h5ad {options}") == 0
     out = capsys.readouterr().out
     assert "n_real = n_fake = 70" in out and "rf_auc" in out and "mmd_biased" in out and "purity" in out
     assert "wrote report.json, report.csv, auc.png, tsne.png in report" in out
@@ -268,8 +263,8 @@ def test_options_of_sample(trained, tmp_path):
 
 
 def test_embedded_set_without_split(tmp_path, capsys):
-    line = f"train pbmc68k_reduced -o {tmp_path}/m --no-split --steps 2 --ae-steps 3 --preset paper --fusion cat {SETTINGS}"
-    assert call(line) == 0
+    line = f"train pbmc68k_reduced -o {tmp_path}/m --no-split --steps 2 --ae-steps 3 --preset paper --fusion cat"
+    assert call(f"{line} {SETTINGS}") == 0
     out, err = capsys.readouterr()
     assert "training on 700 cells" in out and "test cells" not in out and "evaluate" not in out and err == ""
     model = SCLD.load(tmp_path / "m", device="cpu")
