@@ -43,7 +43,7 @@ from scld_nb.training import (
     train_denoiser,
 )
 
-# %% ../nbs/08_model.ipynb #c008
+# %% ../nbs/08_model.ipynb #c007
 SCALES = {"log1p": "log1p20k", "none": "counts20k"}
 GLOBAL = "global"
 CHOICES = {
@@ -95,7 +95,7 @@ def _check_settings(config: "Config") -> None:
             f"fusion 'attn' needs latent and e_width in multiples of 8, got {config.latent} and {config.e_width}"
         )
 
-# %% ../nbs/08_model.ipynb #c010
+# %% ../nbs/08_model.ipynb #c009
 @dataclass(frozen=True)
 class Config:
     r"""Every setting of a model. The defaults are this package's reading of the paper; ``preset="paper"`` in `SCLD`
@@ -160,7 +160,7 @@ class Config:
         object.__setattr__(self, "widths", tuple(self.widths))
         _check_settings(self)
 
-# %% ../nbs/08_model.ipynb #c012
+
 PAPER = {"transform": "none", "latent_act": "relu", "drop": "first_k", "ema": None, "clip": None, "scope": "all"}
 
 
@@ -180,7 +180,7 @@ def make_config(preset: str = "default", **options) -> Config:
             raise InputError(f"unknown setting {name!r}; known: {', '.join(known)}")
     return Config(**((PAPER if preset == "paper" else {}) | options))
 
-# %% ../nbs/08_model.ipynb #c019
+# %% ../nbs/08_model.ipynb #c016
 def read_labels(adata: ad.AnnData, labels_key: str | None) -> tuple[list[str], np.ndarray]:
     """Names of the labels and the index of each cell's label.
 
@@ -215,7 +215,7 @@ def read_labels(adata: ad.AnnData, labels_key: str | None) -> tuple[list[str], n
         )
     return names, np.asarray(labels.codes, dtype=np.int64)
 
-# %% ../nbs/08_model.ipynb #c021
+# %% ../nbs/08_model.ipynb #c018
 def proportional(n: int, counts: Sequence[int]) -> np.ndarray:
     """``n`` split in the proportions of ``counts`` by largest remainders, shape ``(len(counts),)``; sums to ``n``."""
     share = np.asarray(counts) / sum(counts) * n
@@ -223,7 +223,7 @@ def proportional(n: int, counts: Sequence[int]) -> np.ndarray:
     m[np.argsort(m - share, kind="stable")[: n - m.sum()]] += 1
     return m
 
-# %% ../nbs/08_model.ipynb #c026
+# %% ../nbs/08_model.ipynb #c023
 FORMAT = 1
 PARTS = ("weights.safetensors", "genes.txt", "labels.json")
 
@@ -257,7 +257,7 @@ def write_folder(
     )
     _replace(folder / "config.json", lambda p: p.write_bytes(json.dumps(config, indent=1).encode()))
 
-# %% ../nbs/08_model.ipynb #c028
+# %% ../nbs/08_model.ipynb #c025
 def read_folder(folder: Path) -> tuple[dict, dict, list[str], dict[str, torch.Tensor]]:
     """Config, labels, genes and tensors of a model folder; nothing in it is executed.
 
@@ -296,51 +296,46 @@ def read_folder(folder: Path) -> tuple[dict, dict, list[str], dict[str, torch.Te
     genes = (folder / "genes.txt").read_bytes().decode().split("\n")[:-1]
     return config, labels, genes, load_file(folder / "weights.safetensors")
 
-# %% ../nbs/08_model.ipynb #c031
-class SCLD:
-    r"""Single-cell latent diffusion: learn cells, draw new ones.
+# %% ../nbs/08_model.ipynb #c028
+def _whole(name: str, value, *, least: int = 1) -> int:
+    """A whole number of at least ``least``, or an error that says so."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or value < least
+        or not float(value).is_integer()
+    ):
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
 
-    Parameters
-    ----------
-    adata
-        Training cells with integer counts in ``layers["counts"]`` or ``X``, shape ``(n_cells, n_genes)``; kept sparse.
-    labels_key
-        Column of ``obs`` with cluster or cell-type labels; ``None`` treats all cells as one cluster.
-    layer
-        Layer that holds the counts, if it is another one.
-    preset, **options
-        See `Config`.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
-    seed
-        Fixes initial weights and everything random in training.
 
-    Attributes
-    ----------
-    config, seed, device
-        Settings, seed and device.
-    genes, labels, label_counts
-        Names of genes and labels, and training cells per label.
-    history
-        What each finished stage did: ``"autoencoder"``, ``"denoiser"``, ``"scorer"``.
-    fingerprint
-        SHA-256 of training cells, labels and settings.
+def _check_noise(config: Config) -> None:
+    """Warn of a schedule that ends far from pure noise, where sampling starts."""
+    left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
+    if left > 0.1:
+        warnings.warn(
+            f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but "
+            f"sampling starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000",
+            stacklevel=3,
+        )
 
-    Raises
-    ------
-    InputError
-        If counts, labels or settings are missing or unusable; the message names the slot and the mend.
 
-    Examples
-    --------
-    >>> model = SCLD(train, labels_key="louvain")          # doctest: +SKIP
-    >>> model.train(max_steps=20_000)                       # doctest: +SKIP
-    >>> cells = model.sample(1_000, label="4", omega=1.0)   # doctest: +SKIP
+def _same_autoencoder(path: Path, ae_steps: int) -> None:
+    """Refuse to continue a denoiser on latents that would change beneath it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = json.loads((file.metadata() or {})["meta"])["step"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return  # absent or damaged: chapter 05 deals with it
+    if step != ae_steps:
+        raise InputError(
+            f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
+            f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there"
+        )
 
-    References
-    ----------
-    Wang et al. 2023, arXiv 2312.14220.
-    """
+# %% ../nbs/08_model.ipynb #c030
+class _Parts:
+    """Settings, labels, genes and networks; see `SCLD`."""
 
     def __init__(
         self,
@@ -409,6 +404,222 @@ class SCLD:
         )
         what = f"{len(self.genes)} genes, {len(self.labels)} labels from {self.labels_key!r}, {self.device}"
         return f"SCLD({what}; {state or 'untrained'})"
+
+    def _read(self, adata: ad.AnnData | None, layer: str | None) -> CellReader:
+        if adata is None:
+            if self._reader is None:
+                raise InputError("a loaded model holds no training cells; pass adata")
+            return self._reader
+        if not adata.var_names.is_unique:
+            raise InputError("var_names of adata repeat; call adata.var_names_make_unique()")
+        missing = [g for g in self.genes if g not in adata.var_names]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of the model's {len(self.genes)} genes are missing in adata, "
+                f"e.g. {', '.join(missing[:3])}; pass cells with the same genes"
+            )
+        counts = counts_matrix(adata[:, self.genes], layer=layer)
+        return CellReader(counts, target_sum=TARGET_SUM, transform=self.config.transform)
+
+# %% ../nbs/08_model.ipynb #c032
+class _Draws(_Parts):
+    """Algorithm 2, the queue and the Scorer, for given conditions."""
+
+    def _steps(self, sampling_steps: int | None) -> int:
+        """Denoising steps: those asked for, or all."""
+        steps = self.schedule.T if sampling_steps is None else _whole("sampling_steps", sampling_steps)
+        if steps > self.schedule.T:
+            raise InputError(f"sampling_steps must lie in 1..{self.schedule.T}, got {steps}")
+        return steps
+
+    def _conditions(self, n: int, label: str | None, omega: float, seed: int) -> np.ndarray:
+        """Condition index per cell: the label's, the global one, or labels in training proportions, shuffled."""
+        if omega == -1 or not self.config.pre_guidance:
+            return np.full(n, len(self.labels))
+        if label is not None:
+            return np.full(n, self.labels.index(label))
+        m = proportional(n, self.label_counts)
+        return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Map latents to cells; no gene can hold more than the whole library, whatever an untrained network says."""
+        most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
+        return self.autoencoder.decode(z).clamp_max(most)
+
+    def _generate(
+        self,
+        k: np.ndarray,
+        omega: float,
+        *,
+        seed: int,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        size: int = 1024,
+        show: bool | None = None,
+        desc: str = "sampling",
+        stream: bool = True,
+    ) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """Cells in model space and their scores; batches are decoded and scored while the next ones are sampled."""
+        c, starts, stop = self.config, range(0, len(k), size), threading.Event()
+        bar = progress_bar(len(starts) * (steps or self.schedule.T), desc, show=show)
+
+        def on_step(_: int) -> None:
+            if stop.is_set():  # the consumer is gone: do not finish the batch
+                raise InterruptedError("sampling was stopped")
+            bar.update(1)
+
+        def latents() -> Iterator[torch.Tensor]:
+            for b, i in enumerate(starts):
+                kb = torch.from_numpy(k[i : i + size]).to(self.device)
+                yield sample_latents(
+                    guided_sampler(self.denoiser, kb, omega, precision=c.precision),
+                    self.schedule,
+                    (len(kb), c.latent),
+                    seed=counter_seed(seed, "batch", b),
+                    sampler=sampler,
+                    steps=steps,
+                    variance=c.variance,
+                    device=self.device,
+                    on_step=on_step,
+                )
+
+        cells, scores = [], []
+        with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
+            for z in bounded_queue(latents(), stop=stop) if stream else latents():
+                x = self._decode(z)
+                scores.append(
+                    self.scorer.score(x).cpu().numpy() if "scorer" in self.history else np.full(len(z), np.nan)
+                )
+                cells.append(sparse.csr_matrix(x.cpu().numpy()))
+        return sparse.vstack(cells, format="csr"), np.concatenate(scores)
+
+# %% ../nbs/08_model.ipynb #c034
+class _Samples(_Draws):
+    """New cells as AnnData."""
+
+    def sample(
+        self,
+        n: int,
+        label: str | None = None,
+        *,
+        omega: float = 0.0,
+        sampler: str = "ddpm",
+        sampling_steps: int | None = None,
+        keep: float | None = None,
+        seed: int = 0,
+        batch_size: int = 1024,
+        stream: bool = True,
+        progress: bool | None = None,
+    ) -> ad.AnnData:
+        r"""Draw ``n`` new cells.
+
+        Parameters
+        ----------
+        n
+            Cells to deliver.
+        label
+            Cell type to draw; ``None`` draws labels in the training proportions.
+        omega
+            Guidance weight in [-1, 3]: -1 ignores labels ("holistic"), 0 is the plain conditional model, above 0 is
+            tighter and less diverse (Eq. 13).
+        sampler, sampling_steps
+            ``"ddpm"`` (Algorithm 2), ``"ddim"`` or ``"dpm++"``; steps default to the T of training.
+        keep
+            Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
+            switches selection off.
+        seed
+            The same seed gives the same cells.
+        batch_size
+            Cells denoised together. The noise belongs to a batch, so another size gives other cells.
+        stream
+            Score while sampling goes on; the cells are the same without.
+        progress
+            Show a progress bar (default: on a terminal or in a notebook).
+
+        Returns
+        -------
+        Cells with the training genes; ``X`` is sparse expression at the scale named in ``uns["scld"]["scale"]``,
+        ``obs`` holds the label (missing for holistic cells), condition, omega and score.
+
+        Raises
+        ------
+        InputError
+            For an unknown label or sampler, an omega, n, keep or number of steps out of range, or a model that is not
+            trained.
+        """
+        if "denoiser" not in self.history:
+            raise InputError("the model is not trained; call train() first, or load a trained one")
+        n, seed, batch_size = _whole("n", n), _whole("seed", seed, least=0), _whole("batch_size", batch_size)
+        label, omega, keep = (
+            None if label is None else str(label),
+            check_omega(omega),
+            self.config.keep if keep is None else keep,
+        )
+        if label is not None and label not in self.labels:
+            raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
+        if sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+        steps = self._steps(sampling_steps)
+        if not 0 < keep <= 1:
+            raise InputError(f"keep must lie in (0, 1], got {keep}")
+        if keep < 1 and "scorer" not in self.history:
+            raise InputError("this model was trained without a Scorer; pass keep=1, or train with scorer=True")
+        if self.config.scope == "all":
+            k = self._conditions(n_to_generate(n, keep), label, omega, seed)
+        else:
+            k, m = np.unique(self._conditions(n, label, omega, seed), return_counts=True)
+            k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
+            k = np.random.default_rng(counter_seed(seed, "order")).permutation(k)
+        x, scores = self._generate(
+            k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress, stream=stream
+        )
+        kept = (
+            keep_top(scores, k if self.config.scope == "label" else None, keep=keep) if keep < 1 else np.arange(len(k))
+        )
+        return self._to_anndata(
+            x[kept],
+            k[kept],
+            scores[kept],
+            omega,
+            generated=len(k),
+            keep=keep,
+            label=label,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+        )
+
+    def _to_anndata(
+        self, x: sparse.csr_matrix, k: np.ndarray, scores: np.ndarray, omega: float, *, label: str | None, **provenance
+    ) -> ad.AnnData:
+        codes, key = np.where(k == len(self.labels), -1, k), self.labels_key or "label"
+        obs = {key: pd.Categorical.from_codes(codes, categories=self.labels)}
+        obs |= {
+            name: value
+            for name, value in {
+                "condition": pd.Categorical([GLOBAL if c < 0 else self.labels[c] for c in codes]),
+                "omega": np.full(len(k), omega),
+                "score": scores,
+            }.items()
+            if name != key
+        }
+        out = ad.AnnData(
+            X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=pd.DataFrame(index=self.genes)
+        )
+        out.uns["scld"] = {
+            "scale": SCALES[self.config.transform],
+            "target_sum": TARGET_SUM,
+            "label": label or "",
+            "omega": omega,
+            "labels_key": key,
+            "version": __version__,
+            "model": self.fingerprint,
+        } | provenance
+        return out
+
+# %% ../nbs/08_model.ipynb #c036
+class _Learns(_Samples):
+    """Round and Map, the denoiser, the Scorer."""
 
     def train(
         self,
@@ -555,209 +766,51 @@ class SCLD:
             self.scorer, self._reader, fake, seed=self.seed, device=self.device, show=progress
         )
 
-    def _conditions(self, n: int, label: str | None, omega: float, seed: int) -> np.ndarray:
-        """Condition index per cell: the label's, the global one, or labels in training proportions, shuffled."""
-        if omega == -1 or not self.config.pre_guidance:
-            return np.full(n, len(self.labels))
-        if label is not None:
-            return np.full(n, self.labels.index(label))
-        m = proportional(n, self.label_counts)
-        return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
+# %% ../nbs/08_model.ipynb #c038
+class SCLD(_Learns):
+    r"""Single-cell latent diffusion: learn cells, draw new ones.
 
-    def _steps(self, sampling_steps: int | None) -> int:
-        """Denoising steps: those asked for, or all."""
-        steps = self.schedule.T if sampling_steps is None else _whole("sampling_steps", sampling_steps)
-        if steps > self.schedule.T:
-            raise InputError(f"sampling_steps must lie in 1..{self.schedule.T}, got {steps}")
-        return steps
+    Parameters
+    ----------
+    adata
+        Training cells with integer counts in ``layers["counts"]`` or ``X``, shape ``(n_cells, n_genes)``; kept sparse.
+    labels_key
+        Column of ``obs`` with cluster or cell-type labels; ``None`` treats all cells as one cluster.
+    layer
+        Layer that holds the counts, if it is another one.
+    preset, **options
+        See `Config`.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    seed
+        Fixes initial weights and everything random in training.
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Map latents to cells; no gene can hold more than the whole library, whatever an untrained network says."""
-        most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
-        return self.autoencoder.decode(z).clamp_max(most)
+    Attributes
+    ----------
+    config, seed, device
+        Settings, seed and device.
+    genes, labels, label_counts
+        Names of genes and labels, and training cells per label.
+    history
+        What each finished stage did: ``"autoencoder"``, ``"denoiser"``, ``"scorer"``.
+    fingerprint
+        SHA-256 of training cells, labels and settings.
 
-    def _generate(
-        self,
-        k: np.ndarray,
-        omega: float,
-        *,
-        seed: int,
-        sampler: str = "ddpm",
-        steps: int | None = None,
-        size: int = 1024,
-        show: bool | None = None,
-        desc: str = "sampling",
-        stream: bool = True,
-    ) -> tuple[sparse.csr_matrix, np.ndarray]:
-        """Cells in model space and their scores; batches are decoded and scored while the next ones are sampled."""
-        c, starts, stop = self.config, range(0, len(k), size), threading.Event()
-        bar = progress_bar(len(starts) * (steps or self.schedule.T), desc, show=show)
+    Raises
+    ------
+    InputError
+        If counts, labels or settings are missing or unusable; the message names the slot and the mend.
 
-        def on_step(_: int) -> None:
-            if stop.is_set():  # the consumer is gone: do not finish the batch
-                raise InterruptedError("sampling was stopped")
-            bar.update(1)
+    Examples
+    --------
+    >>> model = SCLD(train, labels_key="louvain")          # doctest: +SKIP
+    >>> model.train(max_steps=20_000)                       # doctest: +SKIP
+    >>> cells = model.sample(1_000, label="4", omega=1.0)   # doctest: +SKIP
 
-        def latents() -> Iterator[torch.Tensor]:
-            for b, i in enumerate(starts):
-                kb = torch.from_numpy(k[i : i + size]).to(self.device)
-                yield sample_latents(
-                    guided_sampler(self.denoiser, kb, omega, precision=c.precision),
-                    self.schedule,
-                    (len(kb), c.latent),
-                    seed=counter_seed(seed, "batch", b),
-                    sampler=sampler,
-                    steps=steps,
-                    variance=c.variance,
-                    device=self.device,
-                    on_step=on_step,
-                )
-
-        cells, scores = [], []
-        with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
-            for z in bounded_queue(latents(), stop=stop) if stream else latents():
-                x = self._decode(z)
-                scores.append(
-                    self.scorer.score(x).cpu().numpy() if "scorer" in self.history else np.full(len(z), np.nan)
-                )
-                cells.append(sparse.csr_matrix(x.cpu().numpy()))
-        return sparse.vstack(cells, format="csr"), np.concatenate(scores)
-
-    def sample(
-        self,
-        n: int,
-        label: str | None = None,
-        *,
-        omega: float = 0.0,
-        sampler: str = "ddpm",
-        sampling_steps: int | None = None,
-        keep: float | None = None,
-        seed: int = 0,
-        batch_size: int = 1024,
-        stream: bool = True,
-        progress: bool | None = None,
-    ) -> ad.AnnData:
-        r"""Draw ``n`` new cells.
-
-        Parameters
-        ----------
-        n
-            Cells to deliver.
-        label
-            Cell type to draw; ``None`` draws labels in the training proportions.
-        omega
-            Guidance weight in [-1, 3]: -1 ignores labels ("holistic"), 0 is the plain conditional model, above 0 is
-            tighter and less diverse (Eq. 13).
-        sampler, sampling_steps
-            ``"ddpm"`` (Algorithm 2), ``"ddim"`` or ``"dpm++"``; steps default to the T of training.
-        keep
-            Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
-            switches selection off.
-        seed
-            The same seed gives the same cells.
-        batch_size
-            Cells denoised together. The noise belongs to a batch, so another size gives other cells.
-        stream
-            Score while sampling goes on; the cells are the same without.
-        progress
-            Show a progress bar (default: on a terminal or in a notebook).
-
-        Returns
-        -------
-        Cells with the training genes; ``X`` is sparse expression at the scale named in ``uns["scld"]["scale"]``,
-        ``obs`` holds the label (missing for holistic cells), condition, omega and score.
-
-        Raises
-        ------
-        InputError
-            For an unknown label or sampler, an omega, n, keep or number of steps out of range, or a model that is not
-            trained.
-        """
-        if "denoiser" not in self.history:
-            raise InputError("the model is not trained; call train() first, or load a trained one")
-        n, seed, batch_size = _whole("n", n), _whole("seed", seed, least=0), _whole("batch_size", batch_size)
-        label, omega, keep = (
-            None if label is None else str(label),
-            check_omega(omega),
-            self.config.keep if keep is None else keep,
-        )
-        if label is not None and label not in self.labels:
-            raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
-        if sampler not in SAMPLERS:
-            raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-        steps = self._steps(sampling_steps)
-        if not 0 < keep <= 1:
-            raise InputError(f"keep must lie in (0, 1], got {keep}")
-        if keep < 1 and "scorer" not in self.history:
-            raise InputError("this model was trained without a Scorer; pass keep=1, or train with scorer=True")
-        if self.config.scope == "all":
-            k = self._conditions(n_to_generate(n, keep), label, omega, seed)
-        else:
-            k, m = np.unique(self._conditions(n, label, omega, seed), return_counts=True)
-            k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
-            k = np.random.default_rng(counter_seed(seed, "order")).permutation(k)
-        x, scores = self._generate(
-            k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress, stream=stream
-        )
-        kept = (
-            keep_top(scores, k if self.config.scope == "label" else None, keep=keep) if keep < 1 else np.arange(len(k))
-        )
-        return self._to_anndata(
-            x[kept],
-            k[kept],
-            scores[kept],
-            omega,
-            generated=len(k),
-            keep=keep,
-            label=label,
-            seed=seed,
-            sampler=sampler,
-            steps=steps,
-        )
-
-    def _to_anndata(
-        self, x: sparse.csr_matrix, k: np.ndarray, scores: np.ndarray, omega: float, *, label: str | None, **provenance
-    ) -> ad.AnnData:
-        codes, key = np.where(k == len(self.labels), -1, k), self.labels_key or "label"
-        obs = {key: pd.Categorical.from_codes(codes, categories=self.labels)}
-        obs |= {
-            name: value
-            for name, value in {
-                "condition": pd.Categorical([GLOBAL if c < 0 else self.labels[c] for c in codes]),
-                "omega": np.full(len(k), omega),
-                "score": scores,
-            }.items()
-            if name != key
-        }
-        out = ad.AnnData(
-            X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=pd.DataFrame(index=self.genes)
-        )
-        out.uns["scld"] = {
-            "scale": SCALES[self.config.transform],
-            "target_sum": TARGET_SUM,
-            "label": label or "",
-            "omega": omega,
-            "labels_key": key,
-            "version": __version__,
-            "model": self.fingerprint,
-        } | provenance
-        return out
-
-    def _read(self, adata: ad.AnnData | None, layer: str | None) -> CellReader:
-        if adata is None:
-            if self._reader is None:
-                raise InputError("a loaded model holds no training cells; pass adata")
-            return self._reader
-        if not adata.var_names.is_unique:
-            raise InputError("var_names of adata repeat; call adata.var_names_make_unique()")
-        missing = [g for g in self.genes if g not in adata.var_names]
-        if missing:
-            raise InputError(
-                f"{len(missing)} of the model's {len(self.genes)} genes are missing in adata, "
-                f"e.g. {', '.join(missing[:3])}; pass cells with the same genes"
-            )
-        counts = counts_matrix(adata[:, self.genes], layer=layer)
-        return CellReader(counts, target_sum=TARGET_SUM, transform=self.config.transform)
+    References
+    ----------
+    Wang et al. 2023, arXiv 2312.14220.
+    """
 
     def get_latent_representation(self, adata: ad.AnnData | None = None, *, layer: str | None = None) -> np.ndarray:
         """Standardised latents Round(x), float32, ``(n_cells, latent)``; training cells if ``adata`` is not given.
@@ -840,40 +893,3 @@ class SCLD:
                 f"the model in {folder} is damaged: its files do not fit together ({what}); save it again"
             ) from None
         return model
-
-
-def _check_noise(config: Config) -> None:
-    """Warn of a schedule that ends far from pure noise, where sampling starts."""
-    left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
-    if left > 0.1:
-        warnings.warn(
-            f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but "
-            f"sampling starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000",
-            stacklevel=3,
-        )
-
-
-def _same_autoencoder(path: Path, ae_steps: int) -> None:
-    """Refuse to continue a denoiser on latents that would change beneath it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            step = json.loads((file.metadata() or {})["meta"])["step"]
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return  # absent or damaged: chapter 05 deals with it
-    if step != ae_steps:
-        raise InputError(
-            f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
-            f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there"
-        )
-
-
-def _whole(name: str, value, *, least: int = 1) -> int:
-    """A whole number of at least ``least``, or an error that says so."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.integer | np.floating)
-        or value < least
-        or not float(value).is_integer()
-    ):
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
