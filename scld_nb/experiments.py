@@ -182,6 +182,8 @@ class Study:
         One complete run (autoencoder, denoiser, Scorer, sampling, evaluation) per seed.
     steps, ae_steps, sampling_steps, n_trees
         Replace single entries of the data set's `Budget`.
+    n_max
+        Most test cells to compare with (and cells to generate); all of them if not given.
     device
         As in `SCLD`.
     root
@@ -192,7 +194,7 @@ class Study:
 
     def __init__(self, dataset: str = "pbmc68k_reduced", *, labels: str | None = None, layer: str | None = None, seeds: Iterable[int] = (0, 1, 2),
                  steps: int | None = None, ae_steps: int | None = None, sampling_steps: int | None = None, n_trees: int | None = None,
-                 device: str = "auto", root: str | Path | None = None, progress: bool | None = None, **options):
+                 n_max: int | None = None, device: str = "auto", root: str | Path | None = None, progress: bool | None = None, **options):
         make_config(**options)                              # a wrong name is said before data are read
         usual = asdict(make_config()) | {"preset": "default"}
         options = {k: v for k, v in options.items() if v != usual[k]}
@@ -203,6 +205,8 @@ class Study:
         info = self.adata.uns["scld_data"]
         self.name, self.sha256, self.labels_key = str(info["name"]), str(info["sha256"]), str(info["labels_key"])
         self.train, self.test = data.default_split(self.adata)
+        if n_max and self.test.n_obs > n_max:               # fewer cells a side, drawn once for all methods and seeds
+            self.test = self.test[np.sort(np.random.default_rng(0).choice(self.test.n_obs, n_max, replace=False))].copy()
         given = {"steps": steps, "ae_steps": ae_steps or steps, "sampling_steps": sampling_steps, "n_trees": n_trees}
         self.budget = Budget(**(asdict(BUDGETS.get(self.name, Budget())) | {k: v for k, v in given.items() if v}))
         self.device, self.progress, self.options = device, progress, options
