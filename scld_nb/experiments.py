@@ -247,12 +247,14 @@ class Study:
         settings = json.loads(json.dumps(self.settings(), default=_plain))
         if path.exists():
             found = json.loads(path.read_text("utf-8"))
-            if found.get("format") == 1 and found.get("settings") == settings:
+            same_labels = found.get("labels_key", self.labels_key) == self.labels_key
+            if found.get("format") == 1 and found.get("settings") == settings and same_labels:
                 self.reused.append(path)
                 return found
         start = time.perf_counter()
         made = make()
-        record = {"format": 1, "dataset": self.name, "experiment": experiment, "method": method, "seed": seed, "settings": settings} | made
+        record = {"format": 1, "dataset": self.name, "experiment": experiment, "method": method, "seed": seed,
+                  "labels_key": self.labels_key, "settings": settings} | made
         record |= {"seconds": round(time.perf_counter() - start, 2), "provenance": provenance(self._device(), root=self.root)}
         write_json(path, record)
         self.done.append(path)

@@ -65,6 +65,16 @@ def test_finished_runs_are_reused_and_other_settings_are_not(study, lines3):
     assert not list(other.results.rglob("*.tmp"))
 
 
+def test_a_result_for_other_labels_is_not_reused(tmp_path):
+    study, calls = make_study(tmp_path), []
+    make = lambda: calls.append(1) or {"records": []}
+    study.run("demo", "x", 0, make)
+    study.run("demo", "x", 0, make)
+    assert len(calls) == 1
+    study.labels_key = "bulk_labels"
+    assert study.run("demo", "x", 0, make)["labels_key"] == "bulk_labels" and len(calls) == 2
+
+
 def test_models_are_reused_from_their_folder_and_share_round_and_map(study, lines3):
     fresh = make_study(study.root)
     a, b = fresh.model("add", 0), fresh.model("none", 0)
