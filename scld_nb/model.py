@@ -320,13 +320,16 @@ def _check_noise(config: Config) -> None:
         )
 
 
-def _same_autoencoder(path: Path, ae_steps: int) -> None:
+def _same_autoencoder(path: Path, ae_steps: int, budget_s: float | None) -> None:
     """Refuse to continue a denoiser on latents that would change beneath it."""
     try:
         with safe_open(path, framework="pt") as file:
-            step = json.loads((file.metadata() or {})["meta"])["step"]
+            meta = json.loads((file.metadata() or {})["meta"])
+            step = meta["step"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return  # absent or damaged: chapter 05 deals with it
+    if budget_s is not None and meta.get("seconds", 0.0) >= budget_s:
+        return  # over by the clock
     if step != ae_steps:
         raise InputError(
             f"the denoiser's checkpoint in {path.parent} belongs to an autoencoder of {step} steps, this run asks for "
@@ -632,6 +635,7 @@ class _Learns(_Samples):
         checkpoint_every: int = 1000,
         resume: bool = False,
         sampling_steps: int | None = None,
+        budget_s: float | None = None,
         keep_partial: bool = True,
         progress: bool | None = None,
     ) -> "SCLD":
@@ -652,6 +656,9 @@ class _Learns(_Samples):
             Folder for checkpoints, steps between them, and whether to go on from those found there.
         sampling_steps
             Steps that draw the fakes the Scorer learns from; all T if not given. Use those you will sample with.
+        budget_s
+            Seconds of training, half for Round/Map and half for the denoiser; either stage is over when its steps or its
+            seconds are used up. The Scorer is not counted. The machine decides how many steps fit, so two runs differ.
         keep_partial
             What Ctrl-C does: end the running stage early, keep what it reached and go on with the next stage, or
             (``False``) end training with ``KeyboardInterrupt`` once the checkpoint is written.
@@ -665,7 +672,7 @@ class _Learns(_Samples):
         Raises
         ------
         InputError
-            For numbers of steps below 1, a model without training cells, an autoencoder that does not fit, or
+            For numbers of steps or seconds that are not positive, a model without training cells, an autoencoder that does not fit, or
             checkpoints of another run.
         """
         if self._reader is None:
@@ -674,7 +681,10 @@ class _Learns(_Samples):
         max_steps = _whole("max_steps", max_steps)
         ae_steps = max_steps if ae_steps is None else _whole("ae_steps", ae_steps)
         self._steps(sampling_steps)
+        if budget_s is not None and not budget_s > 0:
+            raise InputError(f"budget_s must be a positive number of seconds, got {budget_s}")
         common = dict(
+            budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
             device=self.device,
             batch_size=c.batch_size,
@@ -696,7 +706,7 @@ class _Learns(_Samples):
             self._take_autoencoder(autoencoder)
         else:
             if resume and folder is not None and file("denoiser").exists():
-                _same_autoencoder(file("autoencoder"), ae_steps)
+                _same_autoencoder(file("autoencoder"), ae_steps, common["budget_s"])
             done = train_autoencoder(
                 self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common
             )

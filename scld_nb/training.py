@@ -187,7 +187,7 @@ class FitResult:
     losses
         Mean loss of every 100 steps; the last entry may stand for fewer.
     seconds
-        Wall time of this call.
+        Training time, that before a resume included.
     interrupted
         Whether Ctrl-C ended it.
     """
@@ -307,7 +307,7 @@ def stop_on_ctrl_c(flag: threading.Event) -> Iterator[None]:
 # %% ../nbs/05_training.ipynb #c042
 def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int, seed: int, stage: str,
         device: torch.device, lr: float = 1e-3, weight_decay: float = 0.01, ema: float | None = 0.999,
-        clip: float | None = 1.0, precision: str = "auto", checkpoint: Path | None = None,
+        clip: float | None = 1.0, precision: str = "auto", budget_s: float | None = None, checkpoint: Path | None = None,
         checkpoint_every: int = 1000, resume: bool = False, fingerprint: str = "",
         show: bool | None = None) -> FitResult:
     r"""Minimise ``loss_of(step)`` with AdamW; everything random is a function of (seed, stage, step).
@@ -334,6 +334,9 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
         Decay of the weight average and bound of the gradient norm; ``None`` switches either off (decision 27).
     precision
         See `reduced_precision`.
+    budget_s
+        Seconds of training after which it is over even if steps are left; those before a resume count. The number of
+        steps is then the machine's doing, so two runs need not agree.
     checkpoint, checkpoint_every, resume
         File and interval of the checkpoints, and whether to continue from the file if it exists.
     fingerprint
@@ -359,7 +362,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
     average = [p.detach().clone() for p in parameters] if ema else []
     identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint}
-    result, losses, pending, start, saved = FitResult(), [], [], 0, 0
+    result, losses, pending, start, saved, before = FitResult(), [], [], 0, 0, 0.0
     terminated, ctrl_c = threading.Event(), threading.Event()
 
     def check(step: int) -> None:                    # the only place where the loop waits for the device
@@ -371,12 +374,17 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
 
     def save(step: int) -> None:
         if checkpoint is not None:
-            meta = identity | {"step": step, "losses": result.losses, "pending": pending}
+            spent = before + time.perf_counter() - began
+            meta = identity | {"step": step, "losses": result.losses, "pending": pending, "seconds": spent}
             save_checkpoint(checkpoint, model, average, optimizer, meta)
+
+    def late() -> bool:
+        return budget_s is not None and before + time.perf_counter() - began >= budget_s
 
     if resume and checkpoint is not None and checkpoint.exists():
         meta = load_checkpoint(checkpoint, model, average, optimizer, identity)
         start, result.losses, pending = meta["step"], meta["losses"], meta["pending"]
+        before = meta.get("seconds", 0.0)
 
     began = time.perf_counter()
     step = saved = start
@@ -385,7 +393,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
             stop_on_ctrl_c(ctrl_c), reduced_precision(device, precision):
         bar.update(min(start, steps))
         try:
-            while step < steps and not terminated.is_set() and not ctrl_c.is_set():
+            while step < steps and not terminated.is_set() and not ctrl_c.is_set() and not late():
                 torch.manual_seed(counter_seed(seed, stage, step))
                 loss = loss_of(step)
                 optimizer.zero_grad(set_to_none=True)
@@ -413,10 +421,13 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
             if ctrl_c.is_set():                      # the second one: weights and step may disagree
                 raise
             result.interrupted = True
-    result.step, result.seconds = step, time.perf_counter() - began
+    result.step, result.seconds = step, before + time.perf_counter() - began
     result.interrupted |= terminated.is_set() or ctrl_c.is_set()
     if step != saved:
         check(step)
+        if pending and late():                       # over by the clock: the last loss stands for fewer steps
+            result.losses.append(sum(pending) / len(pending))
+            pending.clear()
         save(step)
     if terminated.is_set():
         raise SystemExit(143)

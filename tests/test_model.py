@@ -793,3 +793,16 @@ def test_config_rebuilds(saved):
     config = json.loads((saved / "config.json").read_text())
     assert Config(**config["config"]) == SCLD.load(saved, device="cpu").config and config["format"] == FORMAT
     shutil.rmtree(saved)
+
+
+def test_a_budget_in_seconds_gives_half_to_each_stage_and_resumes_as_finished(cells, tiny, tmp_path):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    model.train(10**6, budget_s=1.0, checkpoint_dir=tmp_path, scorer=False, progress=False)
+    stages = model.history["autoencoder"], model.history["denoiser"]
+    assert all(0 < s["steps"] < 10**6 and s["seconds"] >= 0.5 and not s["interrupted"] for s in stages)
+    again = SCLD(cells, "cell_type", device="cpu", **tiny)
+    again.train(10**6, budget_s=1.0, checkpoint_dir=tmp_path, resume=True, scorer=False, progress=False)
+    assert [again.history[s]["steps"] for s in ("autoencoder", "denoiser")] == [s["steps"] for s in stages]
+    assert all(torch.equal(a, b) for a, b in zip(model.denoiser.state_dict().values(), again.denoiser.state_dict().values()))
+    with pytest.raises(InputError, match="budget_s must be a positive number of seconds, got 0"):
+        again.train(5, budget_s=0)

@@ -759,3 +759,22 @@ def test_the_denoiser_resumes_exactly(latents, tmp_path, monkeypatch, drop):
         assert trained(latents, drop=drop, checkpoint=tmp_path / "d")[1].step == 37
     resumed, result = trained(latents, drop=drop, checkpoint=tmp_path / "d", resume=True)
     assert torch.equal(flat(resumed), flat(straight)) and result.losses == whole.losses
+
+
+def test_a_budget_in_seconds_ends_training_and_is_over_after_a_resume(tmp_path, monkeypatch):
+    """A clock that moves by one second per look: the loop ends when the seconds are used up, and stays ended."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
+
+    def run(**options):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        return training.fit(model, lambda step: model.weight.square().sum(), steps=1000, seed=0, stage="demo", device=torch.device("cpu"),
+                            checkpoint=tmp_path / "demo.safetensors", show=False, **options)
+
+    first = run(budget_s=40)
+    assert 0 < first.step < 45 and len(first.losses) == 1 and not first.interrupted and first.seconds >= 40
+    again = run(budget_s=40, resume=True)
+    assert again.step == first.step and again.losses == first.losses
+    more = run(budget_s=90, resume=True)
+    assert first.step < more.step < 95
