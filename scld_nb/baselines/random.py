@@ -6,69 +6,24 @@
 __all__ = ['RandomBaseline']
 
 # %% ../../nbs/20_baselines.random.ipynb #c002
-import anndata as ad
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from ..data import InputError, TARGET_SUM, counts_matrix, library_normalize
+from .base import Baseline
+from ..data import TARGET_SUM, library_normalize
 from ..metrics import permute_genes
 
 # %% ../../nbs/20_baselines.random.ipynb #c007
-class RandomBaseline:
-    """Cells whose genes are shuffled independently among the training cells.
+class RandomBaseline(Baseline):
+    """Cells whose genes are shuffled independently among the training cells; see `Baseline` for the arguments."""
 
-    Parameters
-    ----------
-    seed
-        Added to the seed of every draw.
-    """
+    name = "random"
 
-    def __init__(self, *, seed: int = 0):
-        self.seed = seed
+    def _learn(self, counts: sp.csr_matrix) -> None:
+        self.cells = library_normalize(counts)
 
-    def fit(self, adata: ad.AnnData, labels_key: str | None = None, *, layer: str | None = None) -> "RandomBaseline":
-        """Remember the training cells.
-
-        Parameters
-        ----------
-        adata
-            Training cells with counts, shape ``(n_cells, n_genes)``.
-        labels_key
-            Column of ``obs``; needed to sample one label.
-        layer
-            Layer with the counts.
-        """
-        self.cells = library_normalize(counts_matrix(adata, layer=layer))
-        self.genes, self.labels_key = [str(g) for g in adata.var_names], labels_key
-        self.labels = None if labels_key is None else pd.Categorical(adata.obs[labels_key])
-        return self
-
-    def sample(self, n: int, label: str | None = None) -> ad.AnnData:
-        """Draw ``n`` cells, of one label or of all.
-
-        Returns
-        -------
-        Cells with sparse ``X`` at 20,000 per cell, not logged.
-
-        Raises
-        ------
-        InputError
-            If ``n`` is below one or the label is unknown.
-        """
-        if n < 1:
-            raise InputError(f"n must be a positive integer, got {n}")
-        pool = self.cells
-        if label is not None:
-            if self.labels is None or label not in self.labels.categories:
-                known = [] if self.labels is None else list(map(str, self.labels.categories))
-                raise InputError(f"unknown label {label!r}; known: {', '.join(known) or 'none, fit with labels_key'}")
-            pool = pool[np.flatnonzero(self.labels == label)]
+    def _draw(self, n: int, code: int | None, seed: int) -> sp.csr_matrix:
+        pool = self.cells if code is None else self.cells[np.flatnonzero(self.codes == code)]
         rounds = -(-n // pool.shape[0])                 # a round shuffles the whole pool once
-        cells = [permute_genes(pool, target_sum=TARGET_SUM, seed=self.seed * 1_000 + r) for r in range(rounds)]
-        out = ad.AnnData(X=sp.csr_matrix(sp.vstack(cells))[:n], obs=pd.DataFrame(index=[f"random_{i}" for i in range(n)]),
-                         var=pd.DataFrame(index=self.genes))
-        if self.labels_key is not None and label is not None:
-            out.obs[self.labels_key] = pd.Categorical([label] * n, categories=self.labels.categories)
-        out.uns["scld"] = {"scale": "counts20k", "method": "random", "target_sum": TARGET_SUM}
-        return out
+        cells = [permute_genes(pool, target_sum=TARGET_SUM, seed=seed * 1_000 + r) for r in range(rounds)]
+        return sp.csr_matrix(sp.vstack(cells))[:n]
