@@ -710,7 +710,7 @@ class _Learns(_Samples):
             done = train_autoencoder(
                 self.autoencoder, self._reader, steps=ae_steps, checkpoint=file("autoencoder"), **common
             )
-            self._note("autoencoder", done, keep_partial)
+            self._note("autoencoder", done, keep_partial, common["budget_s"])
         latents = fit_latent_statistics(self.autoencoder, self._reader, device=self.device)
         if c.standardize == "none":
             latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
@@ -727,7 +727,7 @@ class _Learns(_Samples):
             checkpoint=file("denoiser"),
             **common,
         )
-        self._note("denoiser", done, keep_partial)
+        self._note("denoiser", done, keep_partial, common["budget_s"])
         if scorer and not done.interrupted:
             self._train_scorer(sampling_steps, progress)
         return self
@@ -747,7 +747,7 @@ class _Learns(_Samples):
         self.autoencoder.load_state_dict(other.autoencoder.state_dict())
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
-    def _note(self, stage: str, done: FitResult, keep_partial: bool) -> None:
+    def _note(self, stage: str, done: FitResult, keep_partial: bool, budget_s: float | None) -> None:
         if done.interrupted and not keep_partial:
             raise KeyboardInterrupt(f"{stage} was interrupted at step {done.step}")
         self.history[stage] = {
@@ -756,7 +756,7 @@ class _Learns(_Samples):
             "losses": done.losses,
             "seconds": done.seconds,
             "interrupted": done.interrupted,
-        }
+        } | ({} if budget_s is None else {"budget_s": budget_s})
         if done.interrupted:
             warnings.warn(
                 f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3

@@ -799,7 +799,7 @@ def test_a_budget_in_seconds_gives_half_to_each_stage_and_resumes_as_finished(ce
     model = SCLD(cells, "cell_type", device="cpu", **tiny)
     model.train(10**6, budget_s=1.0, checkpoint_dir=tmp_path, scorer=False, progress=False)
     stages = model.history["autoencoder"], model.history["denoiser"]
-    assert all(0 < s["steps"] < 10**6 and s["seconds"] >= 0.5 and not s["interrupted"] for s in stages)
+    assert all(0 < s["steps"] < 10**6 and s["seconds"] >= 0.5 and s["budget_s"] == 0.5 and not s["interrupted"] for s in stages)
     again = SCLD(cells, "cell_type", device="cpu", **tiny)
     again.train(10**6, budget_s=1.0, checkpoint_dir=tmp_path, resume=True, scorer=False, progress=False)
     assert [again.history[s]["steps"] for s in ("autoencoder", "denoiser")] == [s["steps"] for s in stages]
