@@ -12,7 +12,10 @@ from scld_nb import experiments as ex
 from scld_nb.baselines.random import RandomBaseline
 from scld_nb.data import InputError
 
-TINY = dict(T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=None, device="cpu", progress=False)
+TINY = dict(T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=None, device="cpu", progress=False,
+            budget=2)
+ROWS = ["positive", "random", "random+scorer", "splatter_matched", "scgan", "scgan+scorer", "reconstruction", "scld", "scld_post", "scld_pre", "scld_both",
+        "scld_pre_matched", "scld_both_matched"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,13 +30,13 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lines3(study):
-    return ex.table3(study)
+    return ex.table3(study, methods=ROWS)
 
 
 def test_every_row_of_table3_has_both_seeds_spaces_and_the_same_n(study, lines3):
     pooled = lines3[lines3["metric"].isin(["rf_auc", "mmd_biased"]) & (lines3["cluster"] == "all")]
     counted = pooled.groupby(["method", "seed", "space", "metric"]).size()
-    assert len(counted) == len(ex.METHODS) * 2 * 2 * 2 and (counted == 1).all()
+    assert len(counted) == len(ROWS) * 2 * 2 * 2 and (counted == 1).all()
     assert set(pooled["n"]) == {study.test.n_obs}
 
 
@@ -53,9 +56,9 @@ def test_a_result_file_says_where_it_comes_from(study, lines3):
 
 def test_finished_runs_are_reused_and_other_settings_are_not(study, lines3):
     again = make_study(study.root)
-    pd.testing.assert_frame_equal(ex.table3(again), lines3)
-    assert not again.done and len(again.reused) == 16
-    assert "0 runs made now, 16 finished runs reused" in again.summary()
+    pd.testing.assert_frame_equal(ex.table3(again, methods=ROWS), lines3)
+    assert not again.done and len(again.reused) == 26
+    assert "0 runs made now, 26 finished runs reused" in again.summary()
     other = make_study(study.root / "other", n_trees=9)
     copy = other.results / "table3" / "positive-seed0.json"
     copy.parent.mkdir(parents=True)
@@ -98,12 +101,13 @@ def test_post_guidance_keeps_the_best_of_the_pool_pre_guidance_was_drawn_from(st
 
 def test_table3_stands_beside_the_paper(lines3):
     table = ex.paper_beside(lines3, ex.METHODS, ex.PAPER_TABLE3, "pbmc68k_reduced")
-    assert list(table.index) == list(ex.METHODS.values())
+    assert list(table.index) == [title for method, title in ex.METHODS.items() if method in ROWS]
     assert table.loc["SCLD ‡", "paper pbmc68k AUC"] == "0.59" and table.loc["SCLD ‡", "paper brain_small MMD"] == "0.72"
     assert (table["verdict"] == "not comparable: other cells").all() and table.loc["Random", "paper pbmc68k MMD"] == "-"
     assert " ± " in table.loc["SCLD", "AUC counts20k"] and (table["seeds"] == 2).all()
     own = ex.paper_beside(lines3, ex.METHODS, ex.PAPER_TABLE3, "brain_small")
-    assert "paper pbmc68k AUC" not in own and own.loc["SCLD ‡", "verdict AUC"] in ("worse", "better", "reproduced within tolerance")
+    assert "paper pbmc68k AUC" not in own and own.loc["SCLD ‡", "verdict AUC"] == "not comparable: 8 of 40,000 steps"
+    assert own.loc["SC-GAN", "verdict MMD"] == "not comparable: 2 of 1,000,000 steps" and own.loc["SC-GAN", "note"] == "2 of 1,000,000 steps"
     assert own.loc["Map(Round(test cell))", "verdict AUC"] == "no figure in the paper"
 
 
@@ -112,6 +116,106 @@ def test_table3_stands_beside_the_paper(lines3):
     (0.52, 0.01, 0.59, "better"), (0.5, np.nan, None, "no figure in the paper"), (0.6, np.nan, 0.605, "reproduced within tolerance")])
 def test_verdicts(ours, sd, paper, expected):
     assert ex.verdict(ours, sd, paper) == expected
+
+
+def test_verdicts_say_why_there_is_nothing_to_compare():
+    assert ex.verdict(0.9, 0.1, 129.52, metric="MMD") == "not comparable: the kernel allows at most 2.45"
+    assert ex.verdict(0.9, 0.1, 0.9, metric="MMD", cut="5 of 10 steps") == "not comparable: 5 of 10 steps"
+    assert ex.verdict(np.nan, np.nan, 0.9, failed="needs labels") == "not run: needs labels"
+
+
+def test_the_scorer_stands_behind_every_corner_of_the_ablation(lines3):
+    table = ex.ablation(lines3)
+    assert list(table.index) == [("without", "without"), ("without", "with"), ("with", "without"), ("with", "with")]
+    assert table["AUC log1p"].str.contains(" ± ").all() and (ex.ablation(lines3[lines3["method"] == "scld"]) == "–").sum().sum() == 12
+
+
+def test_the_scorers_rows_are_the_best_of_a_pool_the_plain_rows_come_from(study, lines3):
+    drawn = study.draws("scgan", 1)
+    pool, about = drawn[drawn.obs["requested"] == ""], json.loads(drawn.uns["competitor"])
+    assert pool.n_obs == ex.n_to_generate(study.n, 0.8) and about["history"]["steps"] == 2
+    kept = ex.remaining(drawn, study.n, post=True)
+    assert kept.n_obs == study.n and kept.obs["score"].min() >= np.sort(pool.obs["score"])[pool.n_obs - study.n]
+    record = json.loads((study.results / "table3" / "scgan+scorer-seed1.json").read_text())
+    assert record["cost"]["kept_share"] == 0.8 and record["cost"]["scorer"]["n_real"] == study.train.n_obs
+    assert record["settings"]["baselines"] == 2 and record["cost"]["cut"] == "2 of 1,000,000 steps"
+
+
+def test_a_competitor_that_cannot_run_is_marked_and_tried_again(tmp_path, monkeypatch):
+    study = make_study(tmp_path)
+
+    def refuse(*args, **options):
+        raise InputError("class 'x' has one cell")
+
+    monkeypatch.setattr(ex, "compete", refuse)
+    lines = ex.table3(study, methods=["positive", "scgan"])
+    failed = lines[lines["method"] == "scgan"]
+    assert failed["value"].isna().all() and set(failed["failed"]) == {"class 'x' has one cell"}
+    table = ex.paper_beside(lines, ex.METHODS, ex.PAPER_TABLE3, "brain_small")
+    assert table.loc["SC-GAN", "verdict AUC"] == "not run: class 'x' has one cell" and table.loc["SC-GAN", "AUC log1p"] == "–"
+    assert table.loc["SC-GAN", "seeds"] == 0 and ex.draw_table3(lines, study.name)
+    assert study.stored("table3", "scgan", 0) is None and study.stored("table3", "positive", 0)
+    with pytest.raises(InputError, match="one cell"):
+        study.run("demo", "scgan", 0, refuse)
+
+
+def test_table5_judges_cells_of_one_cluster_beside_its_control(study):
+    assert study.clusters() == {"1": ("1", 24), "2": ("2", 23), "3": ("3", 14)} and "cscgan" in ex.TABLE5_METHODS
+    lines = ex.table5(study, methods=["cscgan", "cscgan+scorer", "scld_pre", "scld_both"])
+    assert set(lines["cluster"]) == {"1", "2", "3"} and set(lines["n"]) == {24, 23, 14}
+    assert lines["control"].between(0, 1).all() and lines["value"].between(0, 1).all()
+    assert lines.groupby(["seed", "space", "cluster"])["control"].nunique().eq(1).all()
+    table = ex.table5_beside(lines, "pbmc68k")
+    assert list(table.index) == ["Positive (real against real)", "cscGAN", "cscGAN + Scorer", "SCLD †", "SCLD ‡", "test cells (n)"]
+    assert table.loc["SCLD ‡", "paper 3"] == "0.70" and table.loc["SCLD ‡", "verdict"].startswith("1: not comparable: 8 of 40,000 steps; 2: ")
+    assert table.loc["test cells (n)", "cluster 2 log1p"] == "23"
+    assert ex.table5_beside(lines, "pbmc68k_reduced").loc["cscGAN", "verdict"] == "not comparable: other cells"
+
+
+def test_table5_without_clusters_is_refused(tmp_path):
+    study = make_study(tmp_path, n_max=20)
+    assert study.clusters() == {}
+    with pytest.raises(InputError, match="none of the clusters 1, 2, 3 and 6 has 10 test cells"):
+        ex.table5(study)
+
+
+def test_figure4_extrapolates_by_seconds_per_step(study, lines3):
+    lines = ex.figure4(study, methods=["scld", "scgan"])
+    one = lines[(lines["method"] == "scgan") & (lines["seed"] == 0)].iloc[0]
+    assert one["hours_published"] == pytest.approx(one["value"] / one["steps"] * 1_000_000 / 3600) and one["steps"] == 2
+    scld = lines[(lines["method"] == "scld") & (lines["seed"] == 0)].iloc[0]
+    stages = study.model("add", 0).history
+    by_hand = sum(stages[k]["seconds"] / stages[k]["steps"] * 20_000 / 3600 for k in ("autoencoder", "denoiser"))
+    assert scld["hours_published"] == pytest.approx(by_hand) and scld["steps_published"] == 40_000
+    table = ex.figure4_table(lines)
+    assert list(table.index) == ["SCLD", "SC-GAN"] and "paper" in table.loc["SCLD", "verdict"]
+    assert [p.get_hatch() for p in ex.draw_figure4(lines).axes[0].patches] == ["///", "///"]
+
+
+def test_budgets_are_read_and_kept_apart(tmp_path):
+    assert [ex.read_budget(b) for b in ("", None, 0, "7", 7, "paper", " equal ")] == [None, None, None, 7, 7, "paper", "equal"]
+    with pytest.raises(InputError, match="unknown budget 'long'; known: equal, paper, or a number of training steps"):
+        make_study(tmp_path, budget="long")
+    with pytest.raises(InputError, match="budget_s must be a positive number of seconds, got -1"):
+        make_study(tmp_path, budget_s=-1)
+    clock = make_study(tmp_path, budget_s=0.4, steps=None)
+    assert clock.budget.steps == 20_000 and clock.tag == "-0.4s" and "0.4 s of training each" in repr(clock)
+    assert clock.path("table3", "scld", 0).parent.name == "table3-0.4s" and clock.settings("scgan")["budget_s"] == 0.4
+    model = clock.model("add", 0)
+    assert all(0 < model.history[k]["steps"] < 20_000 for k in ("autoencoder", "denoiser"))
+    assert make_study(tmp_path, budget_s=0.4, steps=None).model("add", 0).history["denoiser"]["steps"] == model.history["denoiser"]["steps"]
+    assert make_study(tmp_path, budget="paper").tag == "-paper"
+
+
+def test_equal_means_as_long_as_scld(study, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(ex, "compete", lambda name, *args, **options: asked.update({name: options}))
+    other = make_study(tmp_path, budget="equal")
+    other._models = study._models
+    for name in ("scgan", "sugar"):
+        other.draws(name, 0)
+    seconds = sum(study.model("add", 0).history[k]["seconds"] for k in ("autoencoder", "denoiser"))
+    assert asked["scgan"]["budget_s"] == round(seconds, 1) and "budget_s" not in asked["sugar"] and "steps" not in asked["scgan"]
 
 
 def test_table4_has_one_denoiser_per_fusion(study):
@@ -186,7 +290,8 @@ def test_root_and_text_files(tmp_path):
 @pytest.mark.parametrize("parameter, message", [
     (["-p", "datset", "x"], "unknown parameter datset; known: dataset, labels, layer, seed"),
     (["-p", "dataset", "brain"], "unknown dataset 'brain'; known: pbmc68k_reduced, pbmc68k, brain_small"),
-    (["-p", "tables", "7"], "unknown value '7' in tables; known: 2, 3, 4")])
+    (["-p", "tables", "7"], "unknown value '7' in tables; known: 2, 3, 4, 5"),
+    (["-p", "budget", "long"], "unknown budget 'long'; known: equal, paper, or a number of training steps")])
 def test_the_front_door_refuses_what_it_does_not_know(parameter, message, tmp_path):
     done = subprocess.run([sys.executable, "-m", "papermill", "nbs/reproduce.ipynb", str(tmp_path / "out.ipynb"), *parameter], cwd=ROOT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
