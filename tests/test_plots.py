@@ -20,6 +20,7 @@ from scld_nb.plots import (
     paper_vs_ours,
     save_figure,
     save_report,
+    training_times,
     tsne_pair,
 )
 
@@ -196,3 +197,13 @@ def test_save_report(coords, tmp_path):
 def test_save_report_without_coordinates(tmp_path):
     save_report(report_of(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["auc.png", "report.csv", "report.json"]
+
+
+def test_bars_of_hours_are_hatched_where_extrapolated():
+    frame = pd.DataFrame({"method": ["SCLD", "SC-GAN"], "hours": [0.4, 40.0], "sd": [0.1, np.nan], "measured": [True, False]})
+    axes = training_times(frame).axes[0]
+    assert [bar.get_hatch() for bar in axes.patches] == ["", "///"] and [bar.get_width() for bar in axes.patches] == [0.4, 40.0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["SCLD", "SC-GAN"] and "extrapolated" in axes.get_title(loc="left")
+    assert not training_times(frame.iloc[:1]).axes[0].get_title(loc="left")
+    with pytest.raises(InputError, match="the table lacks sd, measured"):
+        training_times(frame[["method", "hours"]])

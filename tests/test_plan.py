@@ -1,0 +1,64 @@
+"""The list of work before a long run: counted from the results store, timed by a short calibration."""
+import numpy as np
+import pytest
+
+from scld_nb import experiments as ex
+from scld_nb import plan as pl
+from scld_nb.data import InputError
+
+TINY = dict(seeds=(0, 1), T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=3, device="cpu", progress=False)
+SPEED = {"autoencoder": 0.5, "denoiser": 1.0, "sampling": 0.001, "judge": 2.0, "scgan": 3.0, "activa": 0.1}
+
+
+def make_study(root, **changes):
+    return ex.Study(root=root, **(TINY | changes))
+
+
+def test_everything_is_to_do_at_first_and_nothing_at_last(tmp_path):
+    study = make_study(tmp_path, budget=2)
+    rows = dict(tables=["3"], figures=[], methods=["positive", "random", "random+scorer", "scld_pre"])
+    before = pl.plan(study, **rows)
+    assert before["runs to do"].to_dict() == {"train SCLD (add)": 2, "train random": 2, "judge table3": 8, "all": 12}
+    assert before["seconds each"].isna().all()
+    ex.table3(study, methods=rows["methods"])
+    after = pl.plan(study, **rows)
+    assert after["runs to do"].to_dict() == {"judge table3": 0, "all": 0} and after.loc["judge table3", "runs found"] == 8
+    again = pl.plan(make_study(tmp_path, budget=2, n_trees=9), **rows)            # other trees: judged again, with the models and cells that are there
+    assert again["runs to do"].to_dict() == {"judge table3": 8, "all": 8}
+
+
+def test_seconds_are_steps_times_speed(tmp_path):
+    rows = dict(tables=["3"], figures=["4"], methods=["scgan", "scld"], speed=SPEED)
+    steps = pl.plan(make_study(tmp_path, budget=10), **rows)
+    fakes = make_study(tmp_path).train.n_obs * 3 * 0.001
+    assert steps.loc["train SCLD (add)", "seconds each"] == pytest.approx(4 * 0.5 + 4 * 1.0 + fakes, abs=0.06)
+    assert steps.loc["train SCLD (none)", "seconds each"] == pytest.approx(4 * 1.0 + fakes, abs=0.06)
+    assert steps.loc["train scgan", "seconds each"] == 30 and steps.loc["train scgan", "minutes"] == 1.0
+    assert steps.loc["all", "minutes"] == pytest.approx(steps["minutes"].iloc[:-1].sum())
+    assert pl.plan(make_study(tmp_path, budget="paper"), **rows).loc["train scgan", "seconds each"] == 3_000_000
+    assert pl.plan(make_study(tmp_path, budget="equal"), **rows).loc["train scgan", "seconds each"] == 6.0
+    clock = pl.plan(make_study(tmp_path, budget_s=20), **rows)
+    assert clock.loc["train scgan", "seconds each"] == 20 and clock.loc["train activa", "seconds each"] == 20
+    assert np.isnan(steps.loc["train cscgan", "seconds each"])                    # not calibrated
+
+
+def test_equal_budgets_need_scld_first(tmp_path):
+    table = pl.plan(make_study(tmp_path, budget="equal"), tables=["3"], figures=[], methods=["scgan"])
+    assert table.loc["train SCLD (add)", "runs to do"] == 2
+    assert "train SCLD (add)" not in pl.plan(make_study(tmp_path, budget=5), tables=["3"], figures=[], methods=["scgan"]).index
+
+
+def test_all_tables_and_figures_are_listed(tmp_path):
+    table = pl.plan(make_study(tmp_path, budget=5))
+    assert {"train SCLD (add)", "train SCLD (none)", "train SCLD (cat)", "train SCLD (attn)", "train sugar", "judge table3", "judge table4",
+            "judge table5", "judge figure4", "judge figure5"} <= set(table.index)
+    with pytest.raises(InputError, match="unknown method 'gan'; known: positive"):
+        pl.plan(make_study(tmp_path), methods=["gan"])
+
+
+def test_calibration_times_what_runs_and_leaves_out_what_cannot(tmp_path):
+    study = make_study(tmp_path)
+    speed = pl.calibrate(study, ["scgan", "sugar", "scvi"], seconds=2)
+    assert {"autoencoder", "denoiser", "sampling", "judge", "scgan"} <= set(speed) and "sugar" not in speed
+    assert all(v > 0 for v in speed.values())
+    assert not study.results.exists() and not study.models.exists()
