@@ -21,7 +21,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --cov=scld_nb --cov-report=term --cov-fail-under=90
 	papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
-	@ls results/pbmc68k_reduced/table2.csv results/pbmc68k_reduced/table3.csv results/pbmc68k_reduced/table4.csv results/pbmc68k_reduced/figure5.csv results/pbmc68k_reduced/figure5.png
+	@ls results/pbmc68k_reduced/table2.csv results/pbmc68k_reduced/table3.csv results/pbmc68k_reduced/table4.csv results/pbmc68k_reduced/table5.csv results/pbmc68k_reduced/figure4.png results/pbmc68k_reduced/figure5.csv results/pbmc68k_reduced/figure5.png
 	@echo "all checks passed"
 
 # README.md is nbs/index.ipynb as markdown, with links seen from the top folder
