@@ -308,3 +308,23 @@ def test_random_baseline_repeats_the_pool_and_checks_its_input(study):
         base.sample(0)
     with pytest.raises(InputError, match="unknown label 'x'; known: none, fit with labels_key"):
         RandomBaseline().fit(study.train).sample(3, label="x")
+
+
+def test_a_class_of_one_cell_or_too_little_memory_marks_the_row_and_the_table_goes_on(tmp_path, monkeypatch):
+    from conftest import planted_cells
+    from scld_nb.baselines import base
+
+    cells = planted_cells(200, 40)
+    types = cells.obs["cell_type"].astype(str).to_numpy(copy=True)
+    types[7] = "rare"
+    cells.obs["cell_type"] = pd.Categorical(types)
+    cells.write_h5ad(tmp_path / "mine.h5ad")
+    study = ex.Study(tmp_path / "mine.h5ad", labels="cell_type", seeds=(0,), root=tmp_path, **{k: v for k, v in TINY.items() if v is not None})
+    assert (study.train.obs["cell_type"] == "rare").sum() == 1
+    lines = ex.table3(study, methods=["random", "cscgan", "splatter_matched"])
+    table = ex.paper_beside(lines, ex.METHODS, ex.PAPER_TABLE3, study.name)
+    assert "'rare'" in table.loc["cscGAN", "note"] and "\n" not in table.loc["cscGAN", "note"] and table.loc["cscGAN", "AUC log1p"] == "–"
+    assert table.loc["Random", "AUC log1p"] != "–" and table.loc["Splatter, own gene means", "AUC log1p"] != "–"
+    monkeypatch.setattr(base, "free_memory", lambda: 1000)
+    note = ex.table3(study, methods=["scgan"])["failed"].iloc[0]
+    assert "GiB of memory" in note and ex.table3(study, methods=["random"])["failed"].eq("").all()

@@ -205,7 +205,8 @@ class ScIGANs(Baseline):
                  progress: bool | None = None, latent_dim: int = 100, width: int = 32, grid: int = 64, code: int = 16,
                  batch_size: int = 8, lr: float = 2e-4, gamma: float = 0.95, lambda_k: float = 1e-3):
         super().__init__(seed=seed, steps=steps, budget_s=budget_s, device=device, progress=progress)
-        for key, value, wanted, right in (("latent_dim", latent_dim, "a positive integer", latent_dim >= 1), ("code", code, "a positive integer", code >= 1),
+        for key, value, wanted, right in (("latent_dim", latent_dim, "a positive integer", latent_dim >= 1),
+                                          ("code", code, "a positive integer", code >= 1),
                                           ("width", width, "a positive multiple of 4", width >= 4 and width % 4 == 0),
                                           ("grid", grid, "a positive even number", grid >= 2 and grid % 2 == 0),
                                           ("batch_size", batch_size, "2 or more", batch_size >= 2), ("lr", lr, "above 0", lr > 0),
