@@ -275,7 +275,7 @@ def _in_space(matrix, space: str):
     return matrix if space == "counts20k" else _logged(matrix)
 
 # %% ../nbs/10_evaluation.ipynb #c022
-def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000, n_jobs: int | None = None) -> dict:
+def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000, n_jobs: int | None = None, paired: bool = False) -> dict:
     """The paper's measures of two equal groups of cells; results and both controls go through here.
 
     Parameters
@@ -290,6 +290,8 @@ def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000,
         Trees per forest.
     n_jobs
         Processor cores; `None` is one, -1 all.
+    paired
+        Row i of `fake` was made from row i of `real`; both share a fold of the forests.
 
     Returns
     -------
@@ -297,7 +299,7 @@ def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000,
         Per metric a pair (value, sd over folds or None): "rf_auc" (fully grown trees),
         "rf_auc_depth5", "mmd_biased", "mmd_unbiased_squared".
     """
-    forests = rf_aucs(real, fake, max_depths=(None, 5), n_trees=n_trees, seed=seed, n_jobs=n_jobs)
+    forests = rf_aucs(real, fake, max_depths=(None, 5), n_trees=n_trees, seed=seed, n_jobs=n_jobs, paired=paired)
     distance = mmd(real, fake, bandwidth=bandwidth)
     return {
         "rf_auc": (forests[None].auc, forests[None].fold_sd),
@@ -503,7 +505,7 @@ def _pooled_records(groups: dict, rows: dict, controls: dict, options: dict, ste
         step(f"{space}: real against synthetic")
         pair = [_in_space(groups[k][rows[k]], space) for k in ("real", "synthetic")]
         known = controls["spaces"][space]
-        found = compare(*pair, bandwidth=known["bandwidth"], **options["forest"])
+        found = compare(*pair, bandwidth=known["bandwidth"], paired=options["paired"], **options["forest"])
         for metric in _MEASURES:
             value, sd = found[metric]
             control, is_auc = known["positive"][metric], metric.startswith("rf_auc")
@@ -531,6 +533,7 @@ def evaluate(
     negative: bool = True,
     controls: dict | None = None,
     min_cluster: int = 50,
+    paired: bool = False,
     dataset: str | None = None,
     method: str | None = None,
     n_jobs: int | None = -1,
@@ -570,6 +573,8 @@ def evaluate(
         `Report.controls` of an earlier call with the same real cells, training cells, n and seed: not computed again.
     min_cluster
         Labels with fewer cells on either side are left out of the comparison by label.
+    paired
+        Cell i of `synth` was made from cell i of `real`, as by `SCLD.reconstruct`; twins then share a fold of the forests.
     dataset, method
         Names for the records; found in `uns` if not given.
     n_jobs
@@ -595,9 +600,11 @@ def evaluate(
     n = min(real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
     _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, seed=seed, halves=train is None and controls is None)
     groups, labels = _prepare(real, synth, train, labels_key=labels_key, layer=layer)
-    rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 2)}
+    if paired and real.n_obs != synth.n_obs:
+        raise InputError(f"paired cells need equal numbers, got {real.n_obs} real and {synth.n_obs} synthetic; leave paired out")
+    rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}
     forest = {"seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
-    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest}
+    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired}
     sizes = f"of {real.n_obs} real and {synth.n_obs} synthetic cells"
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees"]
     if controls is not None:

@@ -434,7 +434,7 @@ class Study:
         if cells.n_obs != self.n:
             raise InputError(f"{method}: {cells.n_obs} cells against {self.n} test cells; the same n is a rule")
         report = evaluate(self.test, cells, train=self.train, seed=seed, n_trees=self.budget.n_trees, controls=self.controls(seed),
-                          dataset=self.name, method=method, n_jobs=self._jobs(), progress=False)
+                          paired=method == "reconstruction", dataset=self.name, method=method, n_jobs=self._jobs(), progress=False)
         return report.records
 
     def judge_cluster(self, cells: ad.AnnData, number: str, label: str, seed: int) -> list[dict]:

@@ -17,7 +17,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
@@ -111,6 +111,7 @@ def rf_aucs(
     n_pcs: int | None = 50,
     n_trees: int = 1000,
     folds: int = 5,
+    paired: bool = False,
     seed: int = 0,
     n_jobs: int | None = None,
 ) -> dict[int | None, RFResult]:
@@ -120,6 +121,9 @@ def rf_aucs(
     ----------
     max_depths
         Depths of the trees; `None` grows them fully.
+    paired
+        Row i of `fake` was made from row i of `real`, as a reconstruction is. Both then share a fold: a forest that has seen
+        one of two twins with its label would take the other for the same kind, which pushes the area below 0.5.
     real, fake, n_pcs, n_trees, folds, seed, n_jobs
         As in `rf_auc`.
 
@@ -137,7 +141,11 @@ def rf_aucs(
     n = real.shape[0]
     cells, is_real = _stack([real, fake]), np.repeat([1, 0], n)
     areas: dict[int | None, list[float]] = {depth: [] for depth in max_depths}
-    for fit, held in StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), is_real):
+    if paired:
+        splits = [tuple(np.r_[rows, rows + n] for rows in part) for part in KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))]
+    else:
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), is_real)
+    for fit, held in splits:
         x_fit, x_held = cells[fit], cells[held]
         if n_pcs is not None:
             with _threads(cells):

@@ -400,3 +400,13 @@ def test_purity_refuses(fake, requested, message):
     judge = label_classifier(np.random.default_rng(0).normal(size=(20, 4)), ["a", "b"] * 10)
     with pytest.raises(InputError, match=message):
         purity(judge, fake, requested)
+
+
+def test_twins_share_a_fold_and_no_longer_betray_each_other():
+    """Fakes that are their real cell plus a little noise: apart, each twin's label misleads about the other."""
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(120, 8)).astype(np.float32)
+    fake = real + 0.01 * rng.normal(size=real.shape).astype(np.float32)
+    options = dict(max_depths=(None,), n_pcs=None, n_trees=60, seed=1)
+    apart, together = (rf_aucs(real, fake, paired=p, **options)[None] for p in (False, True))
+    assert apart.auc < 0.2 and abs(together.auc - 0.5) < 0.12 and together.n == 120 and len(together.fold_aucs) == 5

@@ -7,7 +7,6 @@ __all__ = ['draw_counts', 'fit_mixture', 'draw_mixture', 'ScVI', 'ScVIPrior']
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c002
 import logging
-import os
 import random
 import warnings
 from contextlib import contextmanager
@@ -83,21 +82,16 @@ def draw_mixture(mixture: tuple[np.ndarray, np.ndarray, np.ndarray], n: int, rng
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c020
 @contextmanager
-def _global_seed(scvi, seed: int):
-    "Global random states and the setting of scvi-tools from a seed, and put back; its order of cells hangs on that setting alone."
-    variable, state, legacy = "PL_GLOBAL_SEED", random.getstate(), np.random.get_state()
-    before, named = scvi.settings.seed, os.environ.get(variable)
+def _global_seed(seed: int):
+    "Global random states set from a seed, and put back; scvi-tools knows no other."
+    state, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
         try:
-            scvi.settings.seed = seed & 0xFFFFFFFF
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-            torch.manual_seed(seed)
             yield
         finally:
-            scvi.settings.seed = before
-            os.environ.pop(variable, None)
-            os.environ |= {} if named is None else {variable: named}
             random.setstate(state)
             np.random.set_state(legacy)
 
@@ -182,13 +176,14 @@ class ScVI(Baseline):
                        "use fewer genes")
         seed, steps = counter_seed(self.seed, "scvi", "train"), self.steps or self.steps_published(n_cells)
         epochs = -(-steps // self._steps_per_epoch(n_cells))
-        with _quiet(), _global_seed(scvi, seed):
+        with _quiet(), _global_seed(seed):
             cells = ad.AnnData(counts, obs=pd.DataFrame(index=[str(i) for i in range(n_cells)]), var=pd.DataFrame(index=self.genes))
             scvi.model.SCVI.setup_anndata(cells)
             self.model = scvi.model.SCVI(cells, n_latent=self.n_latent, n_hidden=self.n_hidden, n_layers=self.n_layers, gene_likelihood="nb")
             device = {"cuda": "gpu"}.get(self.device.type, self.device.type)
             self.model.train(max_epochs=epochs, accelerator=device, devices=[self.device.index or 0] if device == "gpu" else 1, train_size=1.0,
-                             batch_size=self.batch_size, datasplitter_kwargs={"drop_last": n_cells % self.batch_size == 1 and n_cells > 1},
+                             shuffle_set_split=False, batch_size=self.batch_size,    # its own shuffle has a generator that nobody seeds
+                             datasplitter_kwargs={"drop_last": n_cells % self.batch_size == 1 and n_cells > 1},
                              plan_kwargs={"n_epochs_kl_warmup": min(400, epochs)}, callbacks=[self._follower(n_cells)],
                              enable_progress_bar=False, enable_model_summary=False)
             latent = self.model.get_latent_representation()
