@@ -566,7 +566,8 @@ def _lines(found: Iterable[dict]) -> pd.DataFrame:
     """Result files as one table; the method and seed are those of the run."""
     rows = []
     for f in found:
-        run = {"method": f["method"], "seed": f["seed"], "failed": f.get("failed", ""), "cut": f.get("cost", {}).get("cut", "")}
+        run = {"method": f["method"], "seed": f["seed"], "failed": f.get("failed", ""), "cut": f.get("cost", {}).get("cut", ""),
+               "missing": "; ".join(f"cluster {k}: {why}" for k, why in f.get("failed_clusters", {}).items())}
         blank = [{"space": space, "metric": metric, "cluster": "all", "n": 0, "value": np.nan} for space in SPACES for metric in HEAD]
         rows += [r | run for r in (f["records"] or blank)]
     return pd.DataFrame(rows)
@@ -786,6 +787,7 @@ def table5_beside(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
         paper = {k: PAPER_TABLE5[k].get(method, np.nan) for k in clusters}
         row |= {f"paper {k}": "-" if pd.isna(v) else f"{v:.2f}" for k, v in paper.items()}
         failed, cut = mine["failed"].max(), mine["cut"].max()
+        row["note"] = "; ".join(text for text in (cut, max(mine["missing"], key=len)) if text)
         if dataset != "pbmc68k":
             row["verdict"] = f"not run: {failed}" if failed else "not comparable: other cells"
         else:

@@ -328,3 +328,18 @@ def test_a_class_of_one_cell_or_too_little_memory_marks_the_row_and_the_table_go
     monkeypatch.setattr(base, "free_memory", lambda: 1000)
     note = ex.table3(study, methods=["scgan"])["failed"].iloc[0]
     assert "GiB of memory" in note and ex.table3(study, methods=["random"])["failed"].eq("").all()
+
+
+def test_table5_says_which_cluster_is_missing_and_why(study, tmp_path, monkeypatch):
+    def few(drawn, n, *, label="", post=False, keep=0.8):
+        if label == "2":
+            raise InputError("ACTINN gave label 2 to 0 of 10000 prior draws")
+        return drawn[drawn.obs["requested"] == label][:n].copy()
+
+    monkeypatch.setattr(ex, "remaining", few)
+    other = make_study(tmp_path)
+    other._models, other.drawn = study._models, study.drawn
+    table = ex.table5_beside(ex.table5(other, methods=["cscgan", "scld_pre"]), study.name)
+    assert table.loc["cscGAN", "cluster 2 log1p"] == "–" and table.loc["cscGAN", "cluster 1 log1p"] != "–"
+    assert table.loc["cscGAN", "note"] == "2 of 1,000,000 steps; cluster 2: ACTINN gave label 2 to 0 of 10000 prior draws"
+    assert table.loc["SCLD †", "note"] == "8 of 40,000 steps"
