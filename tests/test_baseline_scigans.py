@@ -279,11 +279,11 @@ def test_memory_needed_is_of_the_right_size(monkeypatch):
 def test_real_cells_against_random():
     """Held-out blood cells: gene-gene correlation of the 100 most variable genes is nearer to the real one than Random's."""
     train, test = default_split(load("pbmc68k_reduced"))
-    model = ScIGANs(steps=500, grid=16, lr=2e-3, batch_size=16, device="cpu", progress=False).fit(train, "louvain")
+    model = ScIGANs(steps=300, width=16, lr=2e-3, batch_size=16, device="cpu", progress=False).fit(train, "louvain")
     real = expression(test, "log1p").toarray()
     top, upper = np.argsort(-real.var(0))[:100], np.triu_indices(100, 1)
 
     def agreement(cells):
         return np.corrcoef(np.corrcoef(expression(cells, "log1p").toarray()[:, top].T)[upper], np.corrcoef(real[:, top].T)[upper])[0, 1]
 
-    assert agreement(model.sample(test.n_obs)) > agreement(RandomBaseline().fit(train).sample(test.n_obs)) + 0.08
+    assert agreement(model.sample(test.n_obs)) > agreement(RandomBaseline().fit(train).sample(test.n_obs)) + 0.15
