@@ -176,7 +176,7 @@ class Budget:
     budget_s: float | None = None
 
 
-BUDGETS = {"pbmc68k_reduced": Budget(steps=400, ae_steps=1500, sampling_steps=100, n_trees=100)}
+BUDGETS = {"pbmc68k_reduced": Budget(steps=400, ae_steps=1500, sampling_steps=100, n_trees=100, baselines=60)}
 
 
 def read_budget(budget: int | str | None) -> int | str | None:
