@@ -328,6 +328,7 @@ def test_any_counts_give_cells(n, n_genes, seed, transform, equalize, truncate):
     y = rng(seed).poisson(rng(seed).gamma(0.5, 3.0, (n, n_genes)))
     y[:, 0] += y.sum(axis=1) == 0
     y[: n // 3] = y[0]
+    y[-2:] = [[1, 3] + [0] * (n_genes - 2), [3, 1] + [0] * (n_genes - 2)]  # two cells differ, whatever was drawn
     labels = pd.DataFrame({"k": rng(seed).choice(list("ab"), n)}, index=[f"c{i}" for i in range(n)])
     baseline = SugarBaseline(n_pcs=8, transform=transform, equalize=equalize, truncate=truncate, seed=seed)
     drawn = baseline.fit(ad.AnnData(sp.csr_matrix(y), obs=labels), "k").sample(13).X
