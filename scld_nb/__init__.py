@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .evaluation import Report, evaluate
     from .model import SCLD, Config
     from .plots import save_report
+    from .report import write_html
 
-__all__ = ["SCLD", "Config", "InputError", "Report", "evaluate", "save_report"]
+__all__ = ["SCLD", "Config", "InputError", "Report", "evaluate", "save_report", "write_html"]
 
 _HOME = {
     "SCLD": "model",
@@ -26,6 +27,7 @@ _HOME = {
     "Report": "evaluation",
     "evaluate": "evaluation",
     "save_report": "plots",
+    "write_html": "report",
 }
 
 

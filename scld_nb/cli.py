@@ -278,8 +278,16 @@ def train(
         typer.Option(metavar="KEY", help="Column of obs with the labels; default: louvain, computed if absent."),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer of the .h5ad that holds the counts.")] = None,
-    head: Annotated[str, typer.Option(help="What the decoder gives: mse (expected values, as in the paper).")] = "mse",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the denoiser.")] = 20_000,
+    head: Annotated[
+        str | None,
+        typer.Option(help="What the decoder gives: counts (zinb, nb, poisson) or, as in the paper, expected values (mse)."),
+    ] = None,
+    dispersion: Annotated[
+        str | None, typer.Option(help="Count heads: dispersion per gene-cell (default) or per gene.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of the denoiser; default: 6000, with --head mse 20000.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random in training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     resume: Annotated[
@@ -287,7 +295,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in MODEL_DIR.")] = False,
     ae_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: as --steps.")
+        int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: 40 passes, with --head mse as --steps.")
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the paper's literal readings.")] = "default",
     fusion: Annotated[str, typer.Option(help="How the condition enters: add, cat, attn or add_input.")] = "add",
@@ -308,7 +316,8 @@ def train(
     from scld_nb.model import SCLD, make_config
     from scld_nb.training import resolve_device
 
-    options = {"head": head, "fusion": fusion} | dict(parse_setting(text) for text in setting or ())
+    given = {"head": head, "dispersion": dispersion, "fusion": fusion}
+    options = {k: v for k, v in given.items() if v is not None} | dict(parse_setting(text) for text in setting or ())
     make_config(preset, **options)
     resolve_device(device)
     check_model_folder(output, resume=resume, overwrite=overwrite)
@@ -316,7 +325,8 @@ def train(
     key = cells.uns["scld_data"]["labels_key"]
     parts = dict(zip(("train", "test"), default_split(cells))) if split else {"train": cells}
     model = SCLD(parts["train"], key, preset=preset, device=device, seed=seed, **options)
-    if resume and already_trained(output, model, steps, ae_steps or steps):
+    steps, ae_steps = model.training_steps(steps, ae_steps)
+    if resume and already_trained(output, model, steps, ae_steps):
         typer.echo(f"the model in {output} is trained already; nothing to do")
         return
     if overwrite:
@@ -415,10 +425,21 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="REPORT_DIR", help="Folder for report.json, report.csv and pictures."),
+        typer.Option(
+            "--output", "-o", metavar="REPORT_DIR", help="Folder for report.html, report.json, report.csv and pictures."
+        ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the paper's measures (forests and MMD), without the stricter suite.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Fixes draws, folds and forests.")] = 0,
-    n_trees: Annotated[int, typer.Option(min=1, help="Trees of each forest.")] = 1000,
+    n_trees: Annotated[
+        int | None, typer.Option(min=1, help="Trees of each forest; default: 1000 with --quick, else 100 to 1000 by cells.")
+    ] = None,
+    n_judge: Annotated[
+        int | None,
+        typer.Option(min=5, help="Most cells a side for classifiers and MMD; default: all with --quick, else 1500."),
+    ] = None,
 ) -> None:
     """Compare synthetic cells with real ones, every number beside its controls."""
     from scld_nb.data import _read_h5ad
@@ -438,14 +459,18 @@ def evaluate(
         labels_key=labels,
         seed=seed,
         n_trees=n_trees,
+        suite=not quick,
+        n_judge=n_judge,
         progress=None if sys.stderr.isatty() else False,
     )
     typer.echo(str(report))
     if output is not None:
         from scld_nb.plots import save_report
+        from scld_nb.report import write_html
 
         folder = save_report(report, output)
-        names = [n for n in ("report.json", "report.csv", "auc.png", "tsne.png") if (folder / n).exists()]
+        write_html(report, folder / "report.html")
+        names = [n for n in ("report.html", "report.json", "report.csv", "auc.png", "tsne.png") if (folder / n).exists()]
         typer.echo(f"wrote {', '.join(names)} in {folder}")
 
 # %% ../nbs/40_cli.ipynb #c042

@@ -458,7 +458,7 @@ class CellReader:
     counts
         Counts, (n_cells, n_genes), sparse.
     target_sum
-        Library size every cell is scaled to.
+        Library size every cell is scaled to; ``None`` leaves the counts as they are.
     transform
         "log1p" or "none", see `apply_transform`.
 
@@ -470,14 +470,14 @@ class CellReader:
         Counts per cell before normalisation, float64, (n_cells,).
     """
 
-    def __init__(self, counts, *, target_sum: float = TARGET_SUM, transform: str = "log1p"):
+    def __init__(self, counts, *, target_sum: float | None = TARGET_SUM, transform: str = "log1p"):
         _check_transform(transform)
         self.counts = sp.csr_matrix(counts, dtype=np.float32)
-        self.target_sum, self.transform = float(target_sum), transform
+        self.target_sum, self.transform = None if target_sum is None else float(target_sum), transform
         self.n_obs, self.n_vars = self.counts.shape
         self.library_size = np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
         positive = np.where(self.library_size > 0, self.library_size, 1.0)
-        self._scale = (self.target_sum / positive).astype(np.float32)
+        self._scale = np.ones(self.n_obs, np.float32) if target_sum is None else (self.target_sum / positive).astype(np.float32)
 
     def __len__(self) -> int:
         return self.n_obs

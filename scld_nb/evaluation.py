@@ -19,6 +19,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from .data import TARGET_SUM, InputError, counts_matrix
@@ -31,6 +33,23 @@ from scld_nb.metrics import (
     purity,
     rf_aucs,
     tsne,
+)
+from scld_nb.suite import (
+    cell_statistics,
+    combined_auc,
+    gene_correlation,
+    gene_statistics,
+    ilisi,
+    joint_components,
+    ks_statistics,
+    marker_logfc,
+    mean_correlation,
+    memorisation,
+    precision_recall,
+    strict_aucs,
+    tstr,
+    variable_genes,
+    wasserstein,
 )
 
 # %% ../nbs/10_evaluation.ipynb #c008
@@ -157,6 +176,9 @@ class Report:
     coordinates
         t-SNE of real and synthetic cells, once `tsne` was called: lists under "real", "synthetic"
         and, with labels, "real_labels", "synthetic_labels".
+    details
+        What pictures of the suite are drawn from: statistics of genes, correlations, and distances to training
+        and held-out cells; empty without the suite.
     """
 
     records: list[dict]
@@ -164,6 +186,7 @@ class Report:
     notes: list[str]
     settings: dict
     coordinates: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
     _groups: dict = field(default_factory=dict, repr=False, compare=False)
 
     def to_frame(self) -> pd.DataFrame:
@@ -205,7 +228,7 @@ class Report:
         content = {
             "format": 1, "settings": self.settings, "notes": self.notes,
             "records": self.records, "controls": self.controls, "tsne": self.coordinates,
-        }
+        } | ({"details": self.details} if self.details else {})
         _write(folder / "report.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
         _write(folder / "report.csv", self.to_frame().to_csv(index=False))
         return folder
@@ -220,7 +243,7 @@ class Report:
             raise InputError(f"{path} cannot be read as a report ({error}): give a folder that Report.save wrote") from None
         if not isinstance(content, dict) or content.get("format") != 1:
             raise InputError(f"{path} is not a report of format 1: give a folder that Report.save wrote")
-        return cls(content["records"], content["controls"], content["notes"], content["settings"], content["tsne"])
+        return cls(content["records"], content["controls"], content["notes"], content["settings"], content["tsne"], content.get("details", {}))
 
     def _table(self) -> pd.DataFrame:
         "The records as text for people."
@@ -270,12 +293,28 @@ def _logged(matrix):
     return matrix.log1p() if sp.issparse(matrix) else np.log1p(matrix)
 
 
+def _judged(n: int, n_judge: int | None, seed: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    "Rows of both sides that go before judges whose time grows faster than the number of cells."
+    m = n if n_judge is None else min(n, n_judge)
+    return _draw(n, m, seed, 7), _draw(n, m, seed, 7 if paired else 8)
+
+
 def _in_space(matrix, space: str):
     "A matrix in counts20k brought to `space`."
     return matrix if space == "counts20k" else _logged(matrix)
 
 # %% ../nbs/10_evaluation.ipynb #c022
-def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000, n_jobs: int | None = None, paired: bool = False) -> dict:
+def compare(
+    real,
+    fake,
+    *,
+    bandwidth: float,
+    seed: int = 0,
+    n_trees: int = 1000,
+    n_jobs: int | None = None,
+    paired: bool = False,
+    n_judge: int | None = None,
+) -> dict:
     """The paper's measures of two equal groups of cells; results and both controls go through here.
 
     Parameters
@@ -292,6 +331,8 @@ def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000,
         Processor cores; `None` is one, -1 all.
     paired
         Row i of `fake` was made from row i of `real`; both share a fold of the forests.
+    n_judge
+        Most cells a side; `None`: all.
 
     Returns
     -------
@@ -299,6 +340,7 @@ def compare(real, fake, *, bandwidth: float, seed: int = 0, n_trees: int = 1000,
         Per metric a pair (value, sd over folds or None): "rf_auc" (fully grown trees),
         "rf_auc_depth5", "mmd_biased", "mmd_unbiased_squared".
     """
+    real, fake = (side[rows] for side, rows in zip((real, fake), _judged(real.shape[0], n_judge, seed, paired)))
     forests = rf_aucs(real, fake, max_depths=(None, 5), n_trees=n_trees, seed=seed, n_jobs=n_jobs, paired=paired)
     distance = mmd(real, fake, bandwidth=bandwidth)
     return {
@@ -356,6 +398,7 @@ def make_controls(
     spaces: Sequence[str] = SPACES,
     negative: bool = True,
     n_jobs: int | None = None,
+    n_judge: int | None = None,
     step=lambda text: None,
 ) -> dict:
     """Bandwidths, positive and negative controls: all that does not depend on synthetic cells.
@@ -368,8 +411,8 @@ def make_controls(
         Real training cells in "counts20k", or `None`: then halves of the real cells stand in.
     n
         Cells a side.
-    seed, n_trees, spaces, n_jobs
-        As in `evaluate`.
+    seed, n_trees, spaces, n_jobs, n_judge
+        As in `evaluate`; all cells are compared if `n_judge` is `None`.
     negative
         Whether to compare shuffled cells too.
     step
@@ -383,13 +426,13 @@ def make_controls(
     compared = real[_draw(real.shape[0], n, seed, 1)]
     left, right, shuffled, note = _control_groups(compared, train, n, seed)
     controls = {
-        "n": n, "control_n": left.shape[0], "seed": seed, "n_trees": n_trees,
-        "real": _fingerprint(real), "train": None if train is None else _fingerprint(train), "how": note, "spaces": {}, "clusters": {},
+        "n": n, "control_n": left.shape[0], "n_judge": n if n_judge is None else min(n, n_judge),
+        "seed": seed, "n_trees": n_trees, "real": _fingerprint(real), "train": None if train is None else _fingerprint(train), "how": note, "spaces": {}, "clusters": {},
     }
     for space in spaces:
         step(f"{space}: positive control")
         m = mmd_bandwidth(_in_space(real, space), seed=seed)
-        options = {"bandwidth": m, "seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
+        options = {"bandwidth": m, "seed": seed, "n_trees": n_trees, "n_jobs": n_jobs, "n_judge": n_judge}
         positive = compare(_in_space(left, space), _in_space(right, space), **options)
         entry = {"bandwidth": m, "positive": {k: v[0] for k, v in positive.items()}, "negative": None}
         if negative:
@@ -403,7 +446,8 @@ def make_controls(
 def _check_controls(controls: dict, made_from: dict, spaces: Sequence[str], negative: bool) -> None:
     "Refuse controls that were made from something else, or that lack what is wanted."
     try:
-        found = {key: controls[key] for key in made_from}
+        known = {"n_judge": controls["n"]} | controls  # older controls: forests saw all cells
+        found = {key: known[key] for key in made_from}
         lacking = [s for s in spaces if s not in controls["spaces"]]
         unshuffled = [s for s in spaces if negative and not lacking and controls["spaces"][s]["negative"] is None]
     except (KeyError, TypeError):
@@ -431,6 +475,7 @@ def _cluster_records(groups: dict, labels: dict, controls: dict, options: dict, 
         if n < least:
             small.append(f"{label} ({n})")
             continue
+        n = min(n, options["n_judge"] // 4 if options["n_judge"] else n)
         own = {k: groups[k][r[_draw(len(r), n, seed, 10 + i)]] for i, (k, r) in enumerate(rows.items())}
         m = own["train"].shape[0] if "train" in own else 0
         known = controls["clusters"].setdefault(label, {})
@@ -462,6 +507,190 @@ def _purity_record(groups: dict, labels: dict, seed: int) -> dict:
     }
 
 # %% ../nbs/10_evaluation.ipynb #c040
+@dataclass(frozen=True)
+class _Group:
+    "Cells in both spaces, their library sizes (None: not counts), and their labels (None: none)."
+
+    linear: object
+    log: object
+    library: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.linear.shape[0]
+
+    def take(self, rows) -> "_Group":
+        "Some of the cells."
+        return _Group(*(None if part is None else part[rows] for part in (self.linear, self.log, self.library, self.labels)))
+
+    def counts(self):
+        "The cells before they were rescaled."
+        if sp.issparse(self.linear):
+            return sp.csr_matrix(sp.diags_array(self.library / TARGET_SUM) @ self.linear, dtype=np.float32)
+        return self.linear * (self.library / TARGET_SUM)[:, None].astype(np.float32)
+
+
+def _library(adata: ad.AnnData, genes: Sequence[str], layer: str | None) -> np.ndarray | None:
+    "Library size of each cell over `genes`; None for synthetic cells that are not counts."
+    if "scld" in adata.uns and adata.uns["scld"].get("scale") not in (None, "counts"):
+        return None
+    matrix = _linear(adata, layer, "adata")[:, adata.var_names.get_indexer(list(genes))]
+    return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+
+def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, options: dict, step, what: str) -> dict:
+    "All measures of two equal groups: (space, metric, cluster) -> (value, sd, n); and F1 of real training cells for `tstr`."
+    forest, n, paired = options["forest"], len(left), options["paired"] and what == "synthetic"
+    seed, jobs, found = forest["seed"], forest["n_jobs"], {}
+    judged = [g.take(rows) for g, rows in zip((left, right), _judged(n, options["n_judge"], seed, paired))]
+    m, counts = len(judged[0]), options["counts"]
+
+    def put(results: dict, *, space: str = "log1p", size: int = n, prefix: str = "") -> None:
+        found.update({(space, prefix + k, "all"): (v, None, size) for k, v in results.items() if k != "n"})
+
+    step(f"suite: gene space, {what}")
+    part = [g.log[:, chosen["strict"]] for g in judged]
+    strict = strict_aucs(*part, n_trees=min(300, forest["n_trees"]), seed=seed, paired=paired, n_jobs=jobs)
+    found |= {("log1p", f"strict_{k}", "all"): (r.auc, r.fold_sd, m) for k, r in strict.items()}
+    step(f"suite: all genes, {what}")
+    combined = combined_auc(*(g.counts() if counts else g.linear for g in judged), seed=seed, paired=paired, n_jobs=jobs)
+    found["counts" if counts else "counts20k", "combined", "all"] = (combined.auc, combined.fold_sd, m)
+    step(f"suite: shape, {what}")
+    points = joint_components(left.log, right.log, seed=seed)
+    put(precision_recall(*points, k=min(5, n - 1)))
+    put(wasserstein(*(x[rows] for x, rows in zip(points, _judged(n, options["n_judge"], seed, paired))), n_max=m, seed=seed), size=m)
+    put(ilisi(*points))
+    step(f"suite: genes, {what}")
+    put(ks_statistics(*(gene_statistics(g.log) for g in (left, right))), prefix="ks_")
+    if counts:
+        put(ks_statistics(*(cell_statistics(g.counts()) for g in (left, right))), space="counts", prefix="ks_")
+    put(gene_correlation(left.log, right.log, genes=chosen["correlation"]))
+    put(mean_correlation(left.log, right.log))
+    if train is not None and left.labels is not None:
+        step(f"suite: labels, {what}")
+        marks = marker_logfc(left.linear, left.labels, right.linear, right.labels, train.linear, train.labels)
+        taught = tstr(right.log, right.labels, train.log, train.labels, left.log, left.labels, seed=seed)
+        learned = taught["n"]["all"]
+        found |= {("log1p", k, t): (v, None, n) for k, by_label in marks.items() for t, v in by_label.items()}
+        found |= {("log1p", k, t): (v, None, learned) for k in ("tstr", "trtr") for t, v in taught[k].items()}
+    return found
+
+
+def _copying(fake: _Group, train: _Group, heldout: _Group, seed: int) -> tuple[dict, object]:
+    "The measures of copying in the form of `_measure`, and the distances."
+    found = memorisation(fake.log, train.log, heldout.log, seed=seed)
+    values = {
+        "memorisation": found.share, "membership_auc": found.membership_auc, "nndr": found.nndr,
+        "distance_to_train": float(np.median(found.to_train)), "distance_to_heldout": float(np.median(found.to_heldout)),
+    }
+    return {("log1p", k, "all"): (v, None, len(fake)) for k, v in values.items()}, found
+
+# %% ../nbs/10_evaluation.ipynb #c042
+def _suite_controls(real: _Group, train: _Group | None, chosen: dict, options: dict, step) -> dict:
+    "Positive and negative controls of the suite, JSON-ready."
+    seed, n = options["forest"]["seed"], len(real)
+    if train is not None:
+        m = min(n, len(train))
+        left, right = real.take(_draw(n, m, seed, 3)), train.take(_draw(len(train), m, seed, 4))
+    else:
+        m = n // 2
+        order = np.random.default_rng([seed, 5]).permutation(n)
+        left, right = real.take(np.sort(order[:m])), real.take(np.sort(order[m : 2 * m]))
+    found = {"positive": _measure(left, right, train, chosen, options, step, "positive control"), "negative": {}}
+    shuffled = permute_genes(right.linear, target_sum=TARGET_SUM, seed=seed)
+    nonsense = _Group(shuffled, _logged(shuffled), right.library, right.labels)
+    if options["negative"]:
+        found["negative"] = _measure(left, nonsense, train, chosen, options, step, "negative control")
+    if train is not None:
+        step("suite: copying, controls")
+        order = np.random.default_rng([seed, 9]).permutation(n)
+        fresh, heldout = real.take(np.sort(order[: n // 2])), real.take(np.sort(order[n // 2 :]))
+        found["positive"] |= _copying(fresh, train, heldout, seed)[0]
+        if options["negative"]:
+            found["negative"] |= _copying(nonsense, train, real, seed)[0]
+    return {side: [[*key, *values] for key, values in part.items()] for side, part in found.items()}
+
+_AUCS = ("strict_forest", "strict_boosting", "combined", "membership_auc")
+
+
+def _suite_records(
+    groups: dict, rows: dict, labels: dict, sizes: dict, controls: dict, options: dict, notes: list, step
+) -> tuple[list[dict], dict]:
+    "Records of the suite beside their controls, and what its pictures are drawn from."
+    seed = options["forest"]["seed"]
+    full = {k: _Group(x, _logged(x), sizes[k], labels.get(k)) for k, x in groups.items() if x is not None}
+    real, fake, train = full["real"].take(rows["real"]), full["synthetic"].take(rows["synthetic"]), full.get("train")
+    source = full["real"] if train is None else train
+    chosen = {"strict": variable_genes(source.log, 1000), "correlation": variable_genes(source.log, 500)}
+    options = options | {"counts": fake.library is not None}
+    if train is None:
+        notes.append("no training cells were given: genes are chosen on the real cells, and copying, markers and training on synthetic cells are left out")
+    kind = f"{'counts' if options['counts'] else 'counts20k'}, labels {options['labels_key']}"
+    known = controls.setdefault("suite", {})
+    if kind not in known or (options["negative"] and not known[kind]["negative"]):
+        if train is None and controls["train"] is not None:
+            raise InputError("controls lack the suite for these cells: give train too, or leave controls=None")
+        known[kind] = _suite_controls(real, train, chosen, options, step)
+    positive, negative = ({tuple(r[:3]): r[3:] for r in known[kind][side]} if known[kind][side] else {} for side in ("positive", "negative"))
+    found = _measure(real, fake, train, chosen, options, step, "synthetic")
+    copies = None
+    if train is not None:
+        step("suite: copying, synthetic")
+        values, copies = _copying(fake, train, real, seed)
+        found |= values
+    records = []
+    for (space, metric, cluster), (value, sd, n) in found.items():
+        if metric in ("trtr", "distance_to_heldout"):
+            continue
+        key = (space, metric, cluster)
+        control, _, control_n = positive.get(key, (None, None, None))
+        if metric == "tstr":
+            control, _, control_n = found[space, "trtr", cluster]
+        elif metric == "distance_to_train":
+            control, control_n = found[space, "distance_to_heldout", cluster][0], copies.n
+        is_auc = metric in _AUCS
+        m = min(n, copies.n_reference) if metric == "membership_auc" else n
+        records.append({
+            "space": space, "metric": metric, "cluster": cluster, "n": n, "value": value, "sd": sd, "control": control,
+            "negative": negative[key][0] if key in negative and options["negative"] else None,
+            "null_sd": auc_null_sd(m) if is_auc else None,
+            "flag": _flag(control, control_n) if is_auc and control is not None else None,
+            "control_n": control_n, "distance": abs(value - 0.5) if is_auc else None,
+        })
+    return records, _details(real, fake, chosen, copies)
+
+
+def _details(real: _Group, fake: _Group, chosen: dict, copies) -> dict:
+    "What the pictures of the suite are drawn from, small enough for a report file."
+    some = np.unique(np.linspace(0, real.linear.shape[1] - 1, 3000).astype(int))
+
+    def short(values) -> list:
+        return [float(f"{v:.4g}") for v in values]
+
+    details = {"genes": {}, "correlation": {}}
+    for name, group in (("real", real), ("synthetic", fake)):
+        table = gene_statistics(group.linear).iloc[some]
+        details["genes"][name] = {column: short(table[column]) for column in ("mean", "variance", "zeros")}
+    few = chosen["correlation"][np.argsort(-gene_statistics(real.log)["variance"].to_numpy()[chosen["correlation"]], kind="stable")[:60]]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a gene that never varies has no correlation: 0
+        strength = {k: np.nan_to_num(np.corrcoef(_dense_columns(g.log, few).T)) for k, g in (("real", real), ("synthetic", fake))}
+    if len(few) > 2:
+        gaps = squareform(np.clip(1 - strength["real"], 0, 2), checks=False)
+        order = leaves_list(linkage(gaps, "average"))
+        few, strength = few[order], {k: v[np.ix_(order, order)] for k, v in strength.items()}
+    details["correlation"] = {"genes": few.tolist()} | {k: [short(row) for row in v] for k, v in strength.items()}
+    if copies is not None:
+        edges = np.linspace(0, max(copies.to_train.max(), copies.to_heldout.max(), 1e-9), 41)
+        counted = {k: np.histogram(v, edges)[0].tolist() for k, v in (("train", copies.to_train), ("heldout", copies.to_heldout))}
+        details["distances"] = {"edges": short(edges)} | counted
+    return details
+
+
+def _dense_columns(matrix, columns) -> np.ndarray:
+    "Some genes in dense float64."
+    part = matrix[:, columns]
+    return np.asarray(part.toarray() if sp.issparse(part) else part, dtype=np.float64)
+
+# %% ../nbs/10_evaluation.ipynb #c045
 def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, halves: bool) -> None:
     "Refuse what could only fail later."
     if not spaces or set(spaces) - set(SPACES):
@@ -477,7 +706,7 @@ def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, se
     if train is not None and train.n_obs < 5:
         raise InputError(f"train has {train.n_obs} cells: give at least 5, or None")
 
-# %% ../nbs/10_evaluation.ipynb #c041
+# %% ../nbs/10_evaluation.ipynb #c046
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
     "All groups in counts20k over the genes of `real`, and their labels."
     genes = list(real.var_names)
@@ -497,7 +726,7 @@ def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -
             )
     return groups, labels
 
-# %% ../nbs/10_evaluation.ipynb #c042
+# %% ../nbs/10_evaluation.ipynb #c047
 def _pooled_records(groups: dict, rows: dict, controls: dict, options: dict, step) -> list[dict]:
     "All measures of all cells together, beside their controls."
     n, records = len(rows["real"]), []
@@ -505,20 +734,21 @@ def _pooled_records(groups: dict, rows: dict, controls: dict, options: dict, ste
         step(f"{space}: real against synthetic")
         pair = [_in_space(groups[k][rows[k]], space) for k in ("real", "synthetic")]
         known = controls["spaces"][space]
-        found = compare(*pair, bandwidth=known["bandwidth"], paired=options["paired"], **options["forest"])
+        found = compare(*pair, bandwidth=known["bandwidth"], paired=options["paired"], n_judge=options["n_judge"], **options["forest"])
         for metric in _MEASURES:
             value, sd = found[metric]
             control, is_auc = known["positive"][metric], metric.startswith("rf_auc")
+            m, control_n = (min(k, options["n_judge"] or k) for k in (n, controls["control_n"]))
             records.append({
-                "space": space, "metric": metric, "cluster": "all", "n": n, "value": value, "sd": sd, "control": control,
+                "space": space, "metric": metric, "cluster": "all", "n": m, "value": value, "sd": sd, "control": control,
                 "negative": known["negative"][metric] if options["negative"] else None,
-                "null_sd": auc_null_sd(n) if is_auc else None,
-                "flag": _flag(control, controls["control_n"]) if is_auc else None,
-                "control_n": controls["control_n"], "distance": abs(value - 0.5) if is_auc else None,
+                "null_sd": auc_null_sd(m) if is_auc else None,
+                "flag": _flag(control, control_n) if is_auc else None,
+                "control_n": control_n, "distance": abs(value - 0.5) if is_auc else None,
             })
     return records
 
-# %% ../nbs/10_evaluation.ipynb #c043
+# %% ../nbs/10_evaluation.ipynb #c048
 def evaluate(
     real: ad.AnnData,
     synth: ad.AnnData,
@@ -528,10 +758,12 @@ def evaluate(
     layer: str | None = None,
     seed: int = 0,
     n_max: int | None = None,
-    n_trees: int = 1000,
+    n_trees: int | None = None,
     spaces: Sequence[str] = SPACES,
     negative: bool = True,
     controls: dict | None = None,
+    suite: bool = False,
+    n_judge: int | None = None,
     min_cluster: int = 50,
     paired: bool = False,
     dataset: str | None = None,
@@ -544,7 +776,8 @@ def evaluate(
     As many real as synthetic cells are compared: the larger side is subsampled. In each space a
     random forest (fully grown, and of depth 5) and the MMD judge real against synthetic, real
     against training cells (positive control: what a perfect generator reaches) and real against
-    training cells with shuffled genes (negative control), all with the same n and code.
+    training cells with shuffled genes (negative control), all with the same n and code. With `suite=True`
+    the stricter measures of `scld_nb.suite` follow, each between the same two controls.
 
     Parameters
     ----------
@@ -564,13 +797,19 @@ def evaluate(
     n_max
         Most cells a side.
     n_trees
-        Trees per forest.
+        Trees per forest; `None` takes 1,000 or, with the suite, 200,000 / n between 100 and 1,000.
     spaces
         Any of "counts20k", "log1p".
     negative
         Whether to work out the negative control.
     controls
         `Report.controls` of an earlier call with the same real cells, training cells, n and seed: not computed again.
+    suite
+        Whether to add the measures of `scld_nb.suite`: judges in gene space, precision and recall, transport, mixing,
+        statistics of genes and cells, correlations and, with `train`, copying; with labels too, markers and
+        training on synthetic cells.
+    n_judge
+        Most cells a side for what takes long: classifiers, MMD and exact transport, and a quarter of it for each label. `None`: all or, with the suite, 1,500.
     min_cluster
         Labels with fewer cells on either side are left out of the comparison by label.
     paired
@@ -598,17 +837,26 @@ def evaluate(
     """
     spaces = [spaces] if isinstance(spaces, str) else list(spaces)
     n = min(real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
+    if suite and n_judge is None:
+        n_judge = 1500
+    if n_judge is not None and n_judge < 5:
+        raise InputError(f"n_judge is {n_judge}: classifiers need at least 5 cells a side")
+    if n_trees is None:
+        n_trees = int(np.clip(200_000 // max(n, 1), 100, 1000)) if suite else 1000
     _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, seed=seed, halves=train is None and controls is None)
     groups, labels = _prepare(real, synth, train, labels_key=labels_key, layer=layer)
+    genes = list(map(str, real.var_names))
     if paired and real.n_obs != synth.n_obs:
         raise InputError(f"paired cells need equal numbers, got {real.n_obs} real and {synth.n_obs} synthetic; leave paired out")
     rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}
     forest = {"seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
-    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired}
+    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired, "n_judge": n_judge}
     sizes = f"of {real.n_obs} real and {synth.n_obs} synthetic cells"
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees"]
+    if n_judge is not None and n_judge < n:
+        notes.append(f"classifiers, MMD and exact transport see {n_judge} cells a side, drawn at random, the rest of the suite {n}")
     if controls is not None:
-        made_from = {"n": n, "seed": seed, "n_trees": n_trees, "real": _fingerprint(groups["real"])}
+        made_from = {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees, "real": _fingerprint(groups["real"])}
         if train is not None:
             made_from["train"] = _fingerprint(groups["train"])
         _check_controls(controls, made_from, spaces, negative)
@@ -620,7 +868,7 @@ def evaluate(
             bar.update()
 
         if controls is None:
-            controls = make_controls(groups["real"], groups["train"], n=n, spaces=spaces, negative=negative, step=step, **forest)
+            controls = make_controls(groups["real"], groups["train"], n=n, spaces=spaces, negative=negative, step=step, n_judge=n_judge, **forest)
         notes.append(controls["how"])
         records = _pooled_records(groups, rows, controls, options, step)
         if labels:
@@ -631,6 +879,13 @@ def evaluate(
             if len(set(labels.get("train", ()))) > 1:
                 step("purity")
                 records.append(_purity_record(groups, labels, seed))
+        details = {}
+        if suite:
+            sizes = {"real": _library(real, genes, layer), "synthetic": _library(synth, genes, None)}
+            if train is not None:
+                sizes["train"] = _library(train, genes, layer)
+            found, details = _suite_records(groups, rows, labels, sizes, controls, options | {"labels_key": labels_key}, notes, step)
+            records += found
     names = {
         "dataset": dataset or real.uns.get("scld_data", {}).get("name", "data"),
         "method": method or synth.uns.get("scld", {}).get("method", "synthetic"),
@@ -646,9 +901,11 @@ def evaluate(
     shown = {k: r[_draw(n, 1000, seed, 6)] for k, r in rows.items()}
     sample = {k: _logged(groups[k][r]) for k, r in shown.items()}
     sample |= {f"{k}_labels": labels[k][r].tolist() if labels else None for k, r in shown.items()}
+    if details:
+        details["correlation"]["genes"] = [genes[g] for g in details["correlation"]["genes"]]
     settings = {
-        **names, "n": n, "n_max": n_max, "n_trees": n_trees, "spaces": spaces, "labels_key": labels_key,
+        **names, "n": n, "n_max": n_max, "n_judge": n_judge, "suite": suite, "n_trees": n_trees, "spaces": spaces, "labels_key": labels_key,
         "min_cluster": min_cluster, "n_pcs": 50, "folds": 5, "mmd_weight": 1.0,
         "bandwidth": {s: controls["spaces"][s]["bandwidth"] for s in spaces},
     }
-    return Report(records, controls, notes, settings, _groups=sample)
+    return Report(records, controls, notes, settings, details=details, _groups=sample)

@@ -17,7 +17,7 @@ import pandas as pd
 from .baselines import BASELINES, make_baseline
 from .data import InputError
 from .evaluation import SPACES, compare, expression
-from .experiments import FIGURE4_METHODS, FUSION_NAMES, METHODS, SCORED, Study, TABLE5_METHODS, default_methods
+from .experiments import COUNTED, FIGURE4_METHODS, FUSION_NAMES, METHODS, SCORED, Study, TABLE5_METHODS, default_methods
 from .metrics import mmd_bandwidth
 from .model import SCLD
 from .scorer import n_to_generate
@@ -43,7 +43,7 @@ def calibrate(study: Study, names: Iterable[str] = (), *, seconds: float = 20.0)
     """
     names = [n for n in names if BASELINES[n].trains]
     share, speed = seconds / (len(names) + 3), {}
-    model = SCLD(study.train, study.labels_key, device=study.device, **study.options)
+    model = SCLD(study.train, study.labels_key, device=study.device, **({"head": "mse"} | study.options))
     model.train(10**9, budget_s=share, scorer=False, progress=False)
     for stage in ("autoencoder", "denoiser"):
         speed[stage] = model.history[stage]["seconds"] / max(1, model.history[stage]["steps"])
@@ -105,7 +105,7 @@ def plan(study: Study, *, tables: Iterable[str] = ("3", "4", "5"), figures: Iter
               "figure5": ["omega"] if "5" in figures else []}
     missing = [(e, m, seed) for e, rows in wanted.items() for m in rows for seed in study.seeds if not _stored(study, e, m, seed)]
     lines, models, draws = [], _models(study, missing), _draws(study, missing)
-    for variant in ("add", "none", "cat", "attn"):
+    for variant in ("add", "none", "cat", "attn", "counts"):
         seeds = {seed for v, seed in models if v == variant}
         if seeds:
             lines.append((f"train SCLD ({variant})", len(seeds), 0, _train_seconds(study, variant, speed)))
@@ -138,6 +138,8 @@ def _models(study: Study, missing: list[tuple[str, str, int]]) -> set[tuple[str,
                 need.add(("add", seed))                 # its time is the measure
         elif experiment == "table4":
             need |= {("add", seed), (method, seed)}
+        elif method in COUNTED:
+            need.add(("counts", seed))
         elif method in ("scld", "scld_post") and experiment == "table3":
             need |= {("add", seed), ("none", seed)}
         elif method != "positive":
@@ -155,9 +157,11 @@ def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -
     if speed is None:
         return np.nan
     stages = {"autoencoder": b.ae_steps if variant == "add" else 0, "denoiser": b.steps}
+    if variant == "counts":                             # its steps cost about as much as those of the paper's head
+        stages = {"autoencoder": min(3000, max(400, 40 * study.train.n_obs // 128)), "denoiser": b.count_steps}
     seconds = sum(n * speed[k] if b.budget_s is None else min(n * speed[k], b.budget_s / 2) for k, n in stages.items())
     model_steps = b.sampling_steps or 1000
-    fakes = study.train.n_obs * model_steps * speed["sampling"] if variant in ("add", "none") else 0.0
+    fakes = study.train.n_obs * model_steps * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
     return round(seconds + fakes, 1)
 
 

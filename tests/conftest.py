@@ -28,6 +28,7 @@ TINY = {
     "e_width": 16,
     "ema": 0.95,
     "lr": 3e-3,
+    "head": "mse",
     "batch_size": 64,
 }
 

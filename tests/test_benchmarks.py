@@ -133,3 +133,15 @@ def test_impossible_sizes_are_refused_before_any_work(script, wrong, capsys):
 def test_the_file_is_a_command_and_its_status_is_that_of_main(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--cells", "0"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2 and "--cells must be at least 1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_speed_of_the_evaluation_is_measured(tmp_path):
+    script = SCRIPT.with_name("evaluate_speed.py")
+    line = f"{script} --cells 40 --genes 60 --jobs 1 --json {tmp_path}/speed.json --html {tmp_path}/page.html"
+    done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert result["cells"] == 40 and result["seconds"] > 0 and 0 < result["peak_gib"] < 4
+    assert sum(result["stages"].values()) == pytest.approx(result["seconds"], rel=0.2)
+    assert "suite: copying, synthetic" in result["stages"] and "within 300 s" in done.stdout
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")

@@ -103,7 +103,7 @@ def test_version_and_help_of_commands(capsys):
     assert capsys.readouterr().out == f"scld_nb {cli.__version__}\n"
     documented = {
         "datasets": "",
-        "train": "DATA -o MODEL_DIR --labels --layer --head --steps 20000 --seed --device auto --resume --set",
+        "train": "DATA -o MODEL_DIR --labels --layer --head --steps --seed --device auto --resume --set",
         "sample": "MODEL_DIR -n -o OUT.h5ad --label --omega --sampler dpm++ --sampling-steps --keep 0.8 --seed",
         "evaluate": "REAL.h5ad SYNTH.h5ad --train --labels -o REPORT_DIR",
     }
@@ -224,11 +224,14 @@ def test_sample_then_evaluate(trained, tmp_path, capsys, monkeypatch):
     synth = ad.read_h5ad("new/folder/synth.h5ad")
     direct = SCLD.load(trained, device="cpu").sample(70, omega=0.5, seed=3, progress=False)
     assert (synth.X != direct.X).nnz == 0 and synth.obs.equals(direct.obs)
-    options = f"--train {trained}/train.h5ad --labels cell_type -o report --n-trees 10"
+    options = f"--train {trained}/train.h5ad --labels cell_type -o report --n-trees 10 --n-judge 40"
     assert call(f"evaluate {trained}/test.h5ad new/folder/synth.h5ad {options}") == 0
     out = capsys.readouterr().out
     assert "n_real = n_fake = 70" in out and "rf_auc" in out and "mmd_biased" in out and "purity" in out
-    assert "wrote report.json, report.csv, auc.png, tsne.png in report" in out
+    assert "wrote report.html, report.json, report.csv, auc.png, tsne.png in report" in out
+    assert "classifiers, MMD and exact transport see 40 cells a side" in out
+    assert all(word in out for word in ("strict_boosting", "combined", "coverage", "wasserstein1", "ilisi", "tstr", "memorisation"))
+    assert Path("report/report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     report = json.loads(Path("report/report.json").read_text())
     table = pd.read_csv("report/report.csv")
     auc = [r for r in report["records"] if (r["metric"], r["space"], r["cluster"]) == ("rf_auc", "log1p", "all")]
@@ -239,9 +242,9 @@ def test_sample_then_evaluate(trained, tmp_path, capsys, monkeypatch):
 
 def test_evaluate_without_folder_prints_only(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call(f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5") == 0
+    assert call(f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5 --quick") == 0
     out, err = capsys.readouterr()
-    assert "rf_auc" in out and "halves of the real cells" in out and "wrote" not in out and err == ""
+    assert "rf_auc" in out and "strict" not in out and "halves of the real cells" in out and "wrote" not in out and err == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,7 +299,7 @@ def test_counts_in_a_layer(files, tmp_path):
         ("train {cells} -o m --layer raw", "no layer 'raw'"),
         ("train pbmc68k_reduced -o m --layer raw", "is for .h5ad files"),
         ("train logged.h5ad -o m --labels cell_type", "looks log-transformed, not counts"),
-        ("train {cells} -o m --head nb", "unknown head 'nb'; known: mse"),
+        ("train {cells} -o m --head normal", "unknown head 'normal'; known: zinb, nb, poisson, mse"),
         ("train {cells} -o m --fusion multiply", "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
         ("train {cells} -o m --preset fast", "unknown preset 'fast'; known: default, paper"),
         ("train {cells} -o m --device tpu", "unknown device 'tpu'"),
@@ -326,7 +329,7 @@ def test_training_errors(refuse, files, line, message):
 
 def test_settings_are_checked_before_the_cells_are_read(refuse, files, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("the cells were read"))
-    refuse(f"train {files}/cells.h5ad -o m --head nb")
+    refuse(f"train {files}/cells.h5ad -o m --head normal")
     refuse(f"train {files}/cells.h5ad -o {files}/cells.h5ad")
     refuse(f"train {files}/cells.h5ad -o m --device tpu")
 

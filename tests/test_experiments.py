@@ -15,7 +15,7 @@ from scld_nb.data import InputError
 TINY = dict(T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=None, device="cpu", progress=False,
             budget=2)
 ROWS = ["positive", "random", "random+scorer", "splatter_matched", "scgan", "scgan+scorer", "reconstruction", "scld", "scld_post", "scld_pre", "scld_both",
-        "scld_pre_matched", "scld_both_matched"]
+        "scld_pre_matched", "scld_both_matched", "scld_counts", "scld_counts_post"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,7 +36,7 @@ def lines3(study):
 def test_every_row_of_table3_has_both_seeds_spaces_and_the_same_n(study, lines3):
     pooled = lines3[lines3["metric"].isin(["rf_auc", "mmd_biased"]) & (lines3["cluster"] == "all")]
     counted = pooled.groupby(["method", "seed", "space", "metric"]).size()
-    assert len(counted) == len(ROWS) * 2 * 2 * 2 and (counted == 1).all()
+    assert len(counted) == len(ROWS) * 2 * (2 * 2 + 1) and (counted == 1).all()      # one more for the forest in gene space
     assert set(pooled["n"]) == {study.test.n_obs}
 
 
@@ -57,8 +57,8 @@ def test_a_result_file_says_where_it_comes_from(study, lines3):
 def test_finished_runs_are_reused_and_other_settings_are_not(study, lines3):
     again = make_study(study.root)
     pd.testing.assert_frame_equal(ex.table3(again, methods=ROWS), lines3)
-    assert not again.done and len(again.reused) == 26
-    assert "0 runs made now, 26 finished runs reused" in again.summary()
+    assert not again.done and len(again.reused) == 30
+    assert "0 runs made now, 30 finished runs reused" in again.summary()
     other = make_study(study.root / "other", n_trees=9)
     copy = other.results / "table3" / "positive-seed0.json"
     copy.parent.mkdir(parents=True)
@@ -83,10 +83,10 @@ def test_models_are_reused_from_their_folder_and_share_round_and_map(study, line
     a, b = fresh.model("add", 0), fresh.model("none", 0)
     assert all((p == q).all() for p, q in zip(a.autoencoder.state_dict().values(), b.autoencoder.state_dict().values()))
     assert b.history["autoencoder"]["shared"] and not (fresh.models / "add-seed0" / "checkpoints").exists()
-    again, found = ex.trained_model(fresh.train, "louvain", fresh.models / "add-seed0", steps=4, seed=0, scorer=True, device="cpu", fusion="add",
+    again, found = ex.trained_model(fresh.train, "louvain", fresh.models / "add-seed0", steps=4, seed=0, scorer=True, device="cpu", head="mse", fusion="add",
                                     **fresh.options)
     assert found
-    _, found = ex.trained_model(fresh.train, "louvain", fresh.models / "add-seed0", steps=5, seed=0, scorer=False, device="cpu", fusion="add",
+    _, found = ex.trained_model(fresh.train, "louvain", fresh.models / "add-seed0", steps=5, seed=0, scorer=False, device="cpu", head="mse", fusion="add",
                                 progress=False, **fresh.options)
     assert not found
 

@@ -24,6 +24,7 @@ from scld_nb import model as model_module
 from scld_nb.data import InputError, file_sha256
 from scld_nb.model import (
     FORMAT,
+    MSE,
     PAPER,
     SCLD,
     Config,
@@ -74,7 +75,7 @@ def test_version_is_a_literal():
 
 
 def test_presets():
-    default, paper = make_config(), make_config("paper")
+    default, paper = make_config(head="mse"), make_config("paper")
     assert (default.transform, default.fusion, default.T, default.keep, default.ema) == (
         "log1p",
         "add",
@@ -82,7 +83,7 @@ def test_presets():
         0.8,
         0.999,
     )
-    assert {k for k in default.__dict__ if getattr(default, k) != getattr(paper, k)} == set(PAPER)
+    assert {k for k in default.__dict__ if getattr(default, k) != getattr(paper, k)} == set(PAPER) - set(MSE)
     assert make_config("paper", transform="log1p").transform == "log1p"
     assert make_config(widths=[8, 4]).widths == (8, 4)
 
@@ -91,7 +92,11 @@ def test_presets():
     ("options", "message"),
     [
         ({"fusion": "multiply"}, "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
-        ({"head": "nb"}, "unknown head 'nb'; known: mse"),
+        ({"head": "normal"}, "unknown head 'normal'; known: zinb, nb, poisson, mse"),
+        ({"dispersion": "cell"}, "unknown dispersion 'cell'; known: gene-cell, gene"),
+        ({"prediction": "x"}, "unknown prediction 'x'; known: eps, v, z0"),
+        ({"out_act": "softplus"}, "out_act='softplus' belongs to head='mse'"),
+        ({"fusion": "attn"}, "latent + 1 (for the library size) and e_width in multiples of 8, got 21 and 256"),
         ({"pre_guidance": "yes"}, "unknown pre_guidance 'yes'; known: True, False"),
         ({"transform": "sqrt"}, "unknown transform"),
         ({"widht": 3}, "unknown setting 'widht'; known: transform, head"),
@@ -107,7 +112,7 @@ def test_presets():
         ({"clip": 0}, "clip must lie in"),
         ({"ema": 1.5}, "ema must lie in"),
         ({"beta_1": 0.5, "beta_T": 0.1}, "beta_1 must not exceed beta_T"),
-        ({"fusion": "attn", "latent": 12}, "multiples of 8, got 12 and 256"),
+        ({"head": "mse", "fusion": "attn", "latent": 12}, "multiples of 8, got 12 and 256"),
     ],
 )
 def test_settings_that_cannot_work(options, message):
@@ -717,7 +722,7 @@ def test_damaged_description(saved):
         (json.dumps({k: v for k, v in config.items() if k != "seed"}), "do not fit together"),
         (json.dumps(config | {"config": config["config"] | {"new": 1}}), "do not fit together"),
         (json.dumps(config | {"config": config["config"] | {"latent": 8}}), "do not fit together"),
-        (json.dumps(config | {"config": config["config"] | {"head": "nb"}}), "unknown head 'nb'"),
+        (json.dumps(config | {"config": config["config"] | {"head": "normal"}}), "unknown head 'normal'"),
         (
             json.dumps(config | {"format": FORMAT + 1}),
             f"has format {FORMAT + 1}, this version reads up to {FORMAT}; upgrade",

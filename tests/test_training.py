@@ -730,7 +730,7 @@ def test_without_pre_guidance_labels_have_no_influence(latents):
 def test_first_k_falls_on_a_shuffled_batch(latents, monkeypatch):
     seen = {}
 
-    def note(denoiser, schedule, z0, labels, *, p_uncond, drop):
+    def note(denoiser, schedule, z0, labels, *, p_uncond, drop, min_snr):
         seen.setdefault(drop, []).append(z0[:, 0])
         return z0.sum() * 0.0 + denoiser.embed().sum() * 0.0
 

@@ -1,0 +1,296 @@
+"""Count heads: likelihood, gradient, draws, the pair, and the model that draws whole numbers."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import TINY, planted_cells
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from scld_nb.counts import (
+    DISPERSIONS,
+    HEADS,
+    CountAutoencoder,
+    CountMap,
+    CountParameters,
+    count_nll,
+    count_start,
+    draw_counts,
+    fit_count_statistics,
+)
+from scld_nb.data import CellReader, InputError
+from scld_nb.evaluation import evaluate
+from scld_nb.model import SCLD, make_config
+from scld_nb.training import train_autoencoder
+
+SMALL = {k: v for k, v in TINY.items() if k not in ("head", "latent")} | {"latent": 6}
+
+
+def random_parameters(n, n_genes, seed, *, head="zinb", outliers=True) -> CountParameters:
+    g = torch.Generator().manual_seed(seed)
+    mu, r, pi = (torch.randn(n, n_genes, generator=g, dtype=torch.double) for _ in range(3))
+    epsilon, mean = torch.randn(2, n_genes, generator=g, dtype=torch.double)
+    return CountParameters(mu, None if head == "poisson" else r, pi if head == "zinb" else None,
+                           epsilon if outliers else None, mean.abs() + 0.7 if outliers else None)
+
+
+def probability(x: np.ndarray, p: CountParameters) -> np.ndarray:
+    """The distribution as scipy writes it, entry by entry."""
+    mu = p.log_mu.numpy()
+    if p.log_r is None:
+        body = stats.poisson.pmf(x, np.exp(mu))
+    else:
+        r = np.exp(p.log_r.numpy())
+        body = stats.nbinom.pmf(x, r, r / (r + np.exp(mu)))
+    if p.logit is not None:
+        pi = 1 / (1 + np.exp(-p.logit.numpy()))
+        body = (1 - pi) * body + pi * (x == 0)
+    if p.outlier is not None:
+        epsilon = 1 / (1 + np.exp(-p.outlier.numpy()))
+        body = (1 - epsilon) * body + epsilon * stats.geom.pmf(x, np.exp(-p.outlier_mean.numpy()))
+    return body
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from(HEADS), st.booleans())
+def test_likelihood_is_that_of_scipy(n, n_genes, seed, head, outliers):
+    p = random_parameters(n, n_genes, seed, head=head, outliers=outliers)
+    x = torch.from_numpy(np.random.default_rng(seed).poisson(1.5, (n, n_genes)).astype(float))
+    expected = -np.log(probability(x.numpy().astype(int), p)).sum(1)
+    np.testing.assert_allclose(count_nll(x, p).numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("outliers", [True, False])
+def test_gradient_is_that_of_finite_differences(head, outliers):
+    p = random_parameters(3, 5, 1, head=head, outliers=outliers)
+    x = torch.tensor([[0, 1, 0, 7, 2], [0, 0, 0, 0, 0], [3, 0, 1, 0, 40.0]], dtype=torch.double)
+    parts = [part.clone().requires_grad_() for part in p if part is not None]
+    where = [part is not None for part in p]
+
+    def loss(*given):
+        rest = iter(given)
+        return count_nll(x, CountParameters(*(next(rest) if w else None for w in where)))
+
+    assert torch.autograd.gradcheck(loss, parts)
+
+
+def test_one_dispersion_per_gene_is_shared_by_all_cells():
+    p = random_parameters(4, 6, 2)
+    x = torch.poisson(torch.full((4, 6), 2.0, dtype=torch.double))
+    shared = p._replace(log_r=p.log_r[0])
+    np.testing.assert_allclose(count_nll(x, shared), count_nll(x, p._replace(log_r=p.log_r[:1].expand(4, -1))))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(HEADS), st.booleans())
+def test_probabilities_sum_to_one(seed, head, outliers):
+    p = random_parameters(1, 3, seed, head=head, outliers=outliers)
+    p = p._replace(log_r=None if p.log_r is None else p.log_r.clamp_min(0), outlier_mean=None if p.outlier_mean is None else p.outlier_mean.clamp_max(2))
+    most = 600
+    one = CountParameters(*(None if part is None else part.reshape(-1)[:1].expand(most, 1) if part.ndim == 2 else part[:1] for part in p))
+    x = torch.arange(float(most), dtype=torch.double)[:, None]
+    assert abs(float(torch.exp(-count_nll(x, one)).sum()) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_draws_follow_the_distribution(head):
+    p = random_parameters(1, 3, 5, head=head)
+    p = p._replace(log_mu=torch.full((1, 3), 1.5, dtype=torch.double), outlier_mean=torch.full((3,), 1.5, dtype=torch.double))
+    many = CountParameters(*(None if part is None else part.expand(20_000, -1) if part.ndim == 2 else part for part in p))
+    x = draw_counts(many, generator=torch.Generator().manual_seed(0)).numpy()
+    x = x[x.sum(1) > 1]                                      # cells that came out empty got a count
+    assert (x == np.round(x)).all() and x.min() >= 0
+    grid = np.arange(1, 6)                                   # shares among the not so small counts are untouched by that
+    for gene in range(3):
+        single = CountParameters(*(None if q is None else q[:, [gene]] if q.ndim == 2 else q[[gene]] for q in p))
+        wanted = probability(grid[:, None], CountParameters(*(None if q is None else q.expand(5, -1) if q.ndim == 2 else q for q in single)))[:, 0]
+        found = np.array([(x[:, gene] == k).mean() for k in grid])
+        np.testing.assert_allclose(found[1:] / found[1:].sum(), wanted[1:] / wanted[1:].sum(), atol=0.02)
+
+
+def test_no_drawn_cell_is_empty_and_the_seed_decides():
+    p = CountParameters(torch.full((50, 4), -9.0))
+    a, b, c = (draw_counts(p, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert (a.sum(1) >= 1).all() and torch.equal(a, b)
+    rich = CountParameters(torch.full((50, 4), 3.0))
+    assert not torch.equal(*(draw_counts(rich, generator=torch.Generator().manual_seed(s)) for s in (1, 2))) and c.shape == a.shape
+
+
+def test_start_finds_shares_dispersion_and_outliers():
+    rng = np.random.default_rng(3)
+    library = rng.gamma(6.0, 100.0, 3000)
+    shares = rng.dirichlet(np.full(200, 5.0))
+    x = rng.poisson(np.outer(library, shares) * rng.gamma(5.0, 0.2, (3000, 200)))
+    x[rng.choice(3000, 12, replace=False), 7] = 400
+    start = count_start(sp.csr_matrix(x))
+    assert all(part.dtype == np.float32 and np.isfinite(part).all() for part in start)
+    assert abs(np.exp(np.median(start.log_r)) / 5 - 1) < 0.2
+    assert np.argmax(start.outlier) == 7 and abs(np.exp(start.outlier[7]) * 3000 - 12) < 2
+    assert abs(np.exp(start.outlier_mean[7]) / 400 - 1) < 0.1
+    np.testing.assert_allclose(start.shares, x.sum(0) / x.sum(), rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 12), st.integers(0, 2**31))
+def test_start_is_finite_whatever_the_counts(n, n_genes, seed):
+    x = np.random.default_rng(seed).poisson(0.3, (n, n_genes))
+    x[0, 0] += 1
+    assert all(np.isfinite(part).all() for part in count_start(sp.csr_matrix(x)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dispersion", DISPERSIONS)
+def test_means_add_up_to_the_library(head, dispersion):
+    decoder = CountMap(30, 5, head=head, dispersion=dispersion)
+    p = decoder(torch.randn(4, 5), torch.tensor([[100.0], [1.0], [5000.0], [33.0]]).log())
+    torch.testing.assert_close(p.log_mu.exp().sum(1), torch.tensor([100.0, 1.0, 5000.0, 33.0]), rtol=1e-4, atol=1e-3)
+    assert (p.log_r is None) == (head == "poisson") and (p.logit is not None) == (head == "zinb")
+    assert head == "poisson" or (p.log_r.ndim == 2) == (dispersion == "gene-cell")
+
+
+def test_unknown_head_and_dispersion_are_named():
+    with pytest.raises(InputError, match="unknown head 'gauss'; known: zinb, nb, poisson"):
+        CountMap(3, head="gauss")
+    with pytest.raises(InputError, match="unknown dispersion 'cell'; known: gene-cell, gene"):
+        CountMap(3, dispersion="cell")
+
+
+def test_prior_holds_loadings_back():
+    decoder = CountMap(20, 3, width=8)
+    with torch.no_grad():
+        decoder.mean.weight.fill_(0.25)
+        for part in decoder.low.values():
+            part[-1].weight.zero_()
+    assert decoder.penalty(0.5).item() == pytest.approx(8 * 20 * 8 * 0.25**2 / (2 * 0.25))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    cells = planted_cells(400, 60, seed=4)
+    reader = CellReader(cells.X, target_sum=None, transform="none")
+    torch.manual_seed(0)
+    pair = CountAutoencoder(60, 6, hidden=64, width=32, n_cells=400, start=count_start(cells.X))
+    done = train_autoencoder(pair, reader, steps=300, seed=0, device=torch.device("cpu"), batch_size=64, ema=0.95, lr=3e-3, show=False)
+    return cells, reader, pair, done
+
+
+def test_training_lowers_the_loss_and_standardises_draws(trained):
+    _, reader, pair, done = trained
+    assert done.losses[-1] < done.losses[0]
+    mean, spread = fit_count_statistics(pair, reader, device=torch.device("cpu"))
+    z = mean + spread * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert z.shape == (400, 7) and (spread[:, -1] == 0).all()
+    np.testing.assert_allclose(z.mean(0), 0, atol=0.12)
+    np.testing.assert_allclose(z.std(0), 1, atol=0.12)
+    library = mean[:, -1] * pair.latent_std[-1] + pair.latent_mean[-1]
+    np.testing.assert_allclose(library.exp(), reader.library_size, rtol=1e-3)
+
+
+def test_no_library_leaves_the_range_of_training_cells(trained):
+    _, reader, pair, _ = trained
+    fit_count_statistics(pair, reader, device=torch.device("cpu"))
+    far = torch.zeros(2, 7)
+    far[:, -1] = torch.tensor([-50.0, 50.0])
+    total = pair.parameters_of(far).log_mu.exp().sum(1)
+    np.testing.assert_allclose(total.detach(), [reader.library_size.min(), reader.library_size.max()], rtol=1e-3)
+
+
+def test_reconstructions_have_the_zeros_of_real_cells(trained):
+    cells, reader, pair, _ = trained
+    fit_count_statistics(pair, reader, device=torch.device("cpu"))
+    with torch.no_grad():
+        x = torch.from_numpy(reader.read(slice(None)))
+        drawn, expected = pair.draw(pair.encode(x), generator=torch.Generator().manual_seed(0)), pair.decode(pair.encode(x))
+    assert abs(float((drawn == 0).float().mean()) - float((x == 0).float().mean())) < 0.03
+    np.testing.assert_allclose(expected.sum(1), x.sum(1), rtol=0.35)
+    np.testing.assert_allclose(drawn.mean(0), x.mean(0), rtol=0.5, atol=0.5)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return SCLD(planted_cells(), "cell_type", device="cpu", **SMALL).train(300, ae_steps=300, progress=False)
+
+
+def test_default_model_draws_integer_counts_with_their_labels(counted):
+    cells = counted.sample(90, seed=3, progress=False)
+    assert cells.X.dtype == np.int32 and cells.uns["scld"]["scale"] == "counts" and cells.uns["scld"]["head"] == "zinb"
+    assert np.asarray(cells.X.sum(1)).min() >= 1 and list(cells.var_names) == [f"gene{g}" for g in range(60)]
+    assert cells.obs["cell_type"].value_counts().to_dict() == {"B": 54, "NK": 27, "T": 9}
+    real = np.asarray(planted_cells().X.sum(1)).ravel()
+    made = np.asarray(cells.X.sum(1)).ravel()
+    assert stats.ks_2samp(real, made).statistic < 0.3
+    again = counted.sample(90, seed=3, stream=False, progress=False)
+    assert (again.X != cells.X).nnz == 0 and again.obs.equals(cells.obs)
+    assert (counted.sample(90, seed=4, progress=False).X != cells.X).nnz > 0
+
+
+def test_counts_survive_saving_and_are_judged_as_counts(counted, tmp_path):
+    counted.save(tmp_path / "m")
+    loaded = SCLD.load(tmp_path / "m", device="cpu")
+    a, b = counted.sample(60, keep=1, progress=False), loaded.sample(60, keep=1, progress=False)
+    assert (a.X != b.X).nnz == 0 and loaded.config == counted.config
+    a.write_h5ad(tmp_path / "a.h5ad")
+    assert ad.read_h5ad(tmp_path / "a.h5ad").X.dtype == np.int32
+    report = evaluate(planted_cells(seed=9), a, train=planted_cells(), labels_key="cell_type", n_trees=20, progress=False)
+    assert report.value("rf_auc", "log1p") < 0.95
+
+
+def test_a_label_of_its_own_has_its_profile(counted):
+    train = planted_cells()
+    logged = np.log1p(train.X.toarray() / train.X.toarray().sum(1, keepdims=True) * 1000)
+    means = np.stack([logged[(train.obs["cell_type"] == t).to_numpy()].mean(0) for t in counted.labels])
+    drawn = counted.sample(60, "NK", omega=0.5, keep=1, progress=False).X.toarray()
+    drawn = np.log1p(drawn / drawn.sum(1, keepdims=True) * 1000)
+    nearest = ((drawn[:, None] - means) ** 2).sum(2).argmin(1)
+    assert (nearest == counted.labels.index("NK")).mean() > 0.7
+
+
+def test_reconstruct_keeps_the_library_and_latents_hold_it(counted):
+    cells = planted_cells(100, seed=5)
+    again, z = counted.reconstruct(cells), counted.get_latent_representation(cells)
+    assert again.X.dtype == np.int32 and again.uns["scld"]["scale"] == "counts" and z.shape == (100, 7)
+    a, b = (np.asarray(m.sum(1), dtype=float).ravel() for m in (cells.X, again.X))
+    assert np.corrcoef(a, b)[0, 1] > 0.8 and np.corrcoef(z[:, -1], np.log(a))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("head", ["nb", "poisson"])
+def test_the_other_heads_train_and_draw(head):
+    model = SCLD(planted_cells(120), "cell_type", device="cpu", head=head, **SMALL).train(20, ae_steps=20, scorer=False, progress=False)
+    assert model.sample(10, keep=1, progress=False).X.dtype == np.int32
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "z0"])
+def test_every_prediction_trains(prediction):
+    options = SMALL | {"prediction": prediction, "min_snr": 5.0}
+    model = SCLD(planted_cells(120), "cell_type", device="cpu", **options).train(150, ae_steps=20, scorer=False, progress=False)
+    losses = model.history["denoiser"]["losses"]
+    assert np.isfinite(losses).all() and model.sample(10, keep=1, progress=False).n_obs == 10
+
+
+def test_mse_brings_the_widths_of_the_paper():
+    assert (make_config(head="mse").latent, make_config().latent) == (128, 20)
+    assert make_config("paper").head == "mse" and make_config(head="mse", latent=32).latent == 32
+    assert make_config().width == 21 and make_config(head="mse").width == 128
+
+
+def test_steps_follow_head_and_cells():
+    model = SCLD(planted_cells(), "cell_type", device="cpu", **SMALL)
+    assert model.training_steps() == (6000, 400) and model.training_steps(50) == (50, 400) and model.training_steps(50, 7) == (50, 7)
+    assert SCLD(planted_cells(), "cell_type", device="cpu", **TINY).training_steps() == (20_000, 20_000)
+
+
+def test_an_interrupted_training_of_counts_is_resumed_bit_for_bit(tmp_path):
+    def model():
+        return SCLD(planted_cells(120), "cell_type", device="cpu", **SMALL)
+
+    whole = model().train(30, ae_steps=30, scorer=False, progress=False)
+    part = model()
+    part.train(30, ae_steps=30, scorer=False, progress=False, checkpoint_dir=tmp_path, checkpoint_every=10)
+    (tmp_path / "denoiser.safetensors").unlink()
+    again = model().train(30, ae_steps=30, scorer=False, progress=False, checkpoint_dir=tmp_path, resume=True)
+    a, b = whole.sample(20, keep=1, progress=False), again.sample(20, keep=1, progress=False)
+    assert (a.X != b.X).nnz == 0

@@ -1,0 +1,144 @@
+"""The whole suite within `evaluate`: records, controls, sizes, details."""
+
+import json
+
+import numpy as np
+import pytest
+from test_evaluation import QUICK, cells, synthetic
+
+from scld_nb.data import InputError, library_normalize
+from scld_nb.evaluation import COLUMNS, Report, evaluate, expression
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return cells(60, seed=1), cells(90, seed=2), cells(150, seed=3)
+
+
+SUITE = {
+    "strict_forest", "strict_boosting", "combined", "precision", "recall", "density", "coverage", "wasserstein1", "wasserstein2",
+    "lisi", "ilisi", "ks_mean", "ks_variance", "ks_cv", "ks_zeros", "gene_correlation", "gene_correlation_gap", "mean_pearson", "mean_spearman",
+}
+WITH_LABELS = {"marker_pearson", "marker_jaccard", "tstr"}
+WITH_TRAIN = {"memorisation", "membership_auc", "nndr", "distance_to_train"}
+
+
+def metrics_of(report):
+    return {r["metric"] for r in report.records}
+
+
+@pytest.fixture(scope="module")
+def whole(groups):
+    real, fake, train = groups
+    made = synthetic(fake, "counts", fake.X)
+    return evaluate(real, made, train=train, labels_key="type", min_cluster=10, suite=True, **QUICK)
+
+
+def test_suite_is_added_to_what_was_there(groups, whole):
+    real, fake, train = groups
+    plain = evaluate(real, synthetic(fake, "counts", fake.X), train=train, labels_key="type", min_cluster=10, **QUICK)
+    assert whole.records[: len(plain.records)] == plain.records and not metrics_of(plain) & SUITE and plain.details == {}
+    assert metrics_of(whole) - metrics_of(plain) == SUITE | WITH_LABELS | WITH_TRAIN | {"ks_library", "ks_detected"}
+    assert all(list(r) == COLUMNS for r in whole.records)
+    added = whole.to_frame().iloc[len(plain.records) :]
+    assert added["value"].notna().all() and added["control"].notna().all() and added["control_n"].notna().all()
+    assert added.loc[added["metric"] != "tstr", "negative"].notna().all()
+    assert set(added.loc[added["metric"] == "tstr", "cluster"]) == {"all", "a", "b", "c"}
+
+
+def test_suite_records_hold_what_the_functions_give(groups, whole):
+    from scld_nb import suite
+
+    real, fake, train = groups
+    chosen = np.sort(np.random.default_rng([0, 2]).choice(90, 60, replace=False))  # rows of the larger side
+    a, b, t = (expression(x) for x in (real, fake[chosen].copy(), train))
+    points = suite.joint_components(a, b)
+    for name, value in (suite.precision_recall(*points) | suite.ilisi(*points)).items():
+        assert whole.value(name) == pytest.approx(value)
+    assert whole.value("wasserstein1") == pytest.approx(suite.wasserstein(*points)["wasserstein1"])
+    assert whole.value("combined", "counts") == pytest.approx(suite.combined_auc(real.X, fake.X[chosen]).auc, abs=0.02)
+    assert whole.value("memorisation") == suite.memorisation(b, t, a).share
+    library = suite.ks_statistics(*(suite.cell_statistics(x) for x in (real.X, fake.X[chosen])))
+    assert whole.value("ks_library", "counts") == pytest.approx(library["library"])
+
+
+def test_suite_sees_through_nonsense(groups, whole):
+    real, _, train = groups
+    rng = np.random.default_rng(0)
+    nonsense = synthetic(train, values=np.apply_along_axis(rng.permutation, 0, library_normalize(train.X).toarray()))
+    found = evaluate(real, nonsense, train=train, labels_key="type", suite=True, negative=False, spaces=["log1p"], **QUICK)
+    for metric, worse in (("coverage", -1), ("gene_correlation", -1), ("tstr", -1), ("marker_pearson", -1), ("strict_forest", 1)):
+        assert worse * (found.value(metric) - whole.value(metric)) > 0.05
+    assert "ks_library" not in metrics_of(found) and np.isfinite(found.value("combined", "counts20k"))  # not counts: no library sizes
+
+
+def test_copies_are_found(groups):
+    real, _, train = groups
+    found = evaluate(real, synthetic(train), train=train, suite=True, negative=False, spaces=["log1p"], **QUICK)
+    assert found.value("memorisation") > 0.6 and found.value("distance_to_train") < next(
+        r["control"] for r in found.records if r["metric"] == "distance_to_train"
+    )
+    assert not metrics_of(found) & WITH_LABELS
+
+
+def test_suite_without_training_cells(groups):
+    real, fake, _ = groups
+    found = evaluate(real, synthetic(fake), labels_key="type", suite=True, negative=False, **QUICK)
+    assert not metrics_of(found) & (WITH_TRAIN | WITH_LABELS) and "no training cells were given" in str(found)
+    assert next(r for r in found.records if r["metric"] == "coverage")["control_n"] == 30 and "distances" not in found.details
+
+
+def test_suite_controls_are_reused(groups, whole, monkeypatch):
+    from scld_nb import evaluation
+
+    real, fake, train = groups
+    options = {"train": train, "labels_key": "type", "min_cluster": 10, "suite": True} | QUICK
+    stored = json.loads(json.dumps(whole.controls))
+    quick = evaluate(real, synthetic(fake), train=train, **QUICK).controls
+    added = evaluate(real, synthetic(fake, "counts", fake.X), controls=quick, **options)  # those of a quick report are completed
+    assert added.controls["suite"] == stored["suite"] and added.records == whole.records
+    with pytest.raises(InputError, match="lack the suite"):
+        evaluate(real, synthetic(fake, "counts", fake.X), controls=quick, suite=True, **QUICK)
+    monkeypatch.setattr(evaluation, "_suite_controls", lambda *a: pytest.fail("computed again"))
+    assert evaluate(real, synthetic(fake, "counts", fake.X), controls=stored, **options).records == whole.records
+
+
+def test_judges_may_see_fewer_cells(groups):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake), train=train, suite=True, n_judge=20, negative=False, spaces=["log1p"], **QUICK)
+    sizes = {r["metric"]: r["n"] for r in found.records}
+    assert sizes["rf_auc"] == sizes["strict_forest"] == sizes["combined"] == sizes["wasserstein1"] == sizes["mmd_biased"] == 20
+    assert sizes["coverage"] == sizes["ilisi"] == 60 and "see 20 cells a side" in str(found)
+    with pytest.raises(InputError, match="n_judge=20"):
+        evaluate(real, synthetic(fake), train=train, controls=found.controls, negative=False, spaces=["log1p"], **QUICK)
+    with pytest.raises(InputError, match="at least 5 cells"):
+        evaluate(real, synthetic(fake), n_judge=4, **QUICK)
+
+
+def test_trees_depend_on_the_number_of_cells(groups, monkeypatch):
+    from scld_nb import evaluation
+
+    real, fake, _ = groups
+    monkeypatch.setattr(evaluation, "make_controls", lambda *a, **k: (_ for _ in ()).throw(RuntimeError(str(k["n_trees"]))))
+    for options, trees in (({}, "1000"), ({"suite": True}, "1000"), ({"n_trees": 7}, "7")):
+        with pytest.raises(RuntimeError, match=f"^{trees}$"):
+            evaluate(real, synthetic(fake), progress=False, **options)
+    big = cells(2500, genes=8, seed=5)
+    with pytest.raises(RuntimeError, match="^100$"):
+        evaluate(big, synthetic(big), suite=True, progress=False)
+
+
+def test_report_with_details_comes_back(whole, tmp_path):
+    whole.save(tmp_path)
+    again = Report.load(tmp_path)
+    assert again == whole and set(again.details) == {"genes", "correlation", "distances"}
+    assert len(again.details["genes"]["real"]["mean"]) == 40 and np.shape(again.details["correlation"]["synthetic"]) == (40, 40)
+    assert sum(again.details["distances"]["train"]) == sum(again.details["distances"]["heldout"]) == 60
+    assert set(again.details["correlation"]["genes"]) == {f"gene{i}" for i in range(40)}
+
+
+@pytest.mark.parametrize("n", [5, 11])
+def test_suite_of_very_few_cells(groups, n):
+    real, fake, train = groups
+    found = evaluate(real[:n].copy(), synthetic(fake[:n].copy()), train=train, labels_key="type", suite=True, spaces=["log1p"], **(QUICK | {"n_trees": 5}))
+    assert SUITE <= metrics_of(found) and np.isfinite(found.to_frame()["value"]).all()
