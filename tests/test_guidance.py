@@ -281,3 +281,39 @@ def test_guided_noise_is_the_score_of_the_sharpened_density(omega, t, centre, sp
     expected = -(1 - a).sqrt() * torch.autograd.grad(((1 + omega) * logs[0] - omega * logs[1]).sum(), z)[0]
     got = guided_eps(Exact(), z.detach(), torch.full((5,), t), torch.zeros(5, dtype=torch.long), omega)
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
+# what the output stands for, and profiles in their own axes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31))
+def test_compact_profiles_keep_every_inner_product(k, n_genes, seed):
+    profiles = torch.randn(k + 1, n_genes, generator=torch.Generator().manual_seed(seed))
+    c = Embed(profiles, 8, compact=True).coordinates
+    assert c.shape == (k + 1, k + 1)
+    torch.testing.assert_close(c @ c.T, profiles @ profiles.T, rtol=1e-4, atol=1e-4 * n_genes)
+
+
+def test_a_compact_embedding_does_not_grow_with_the_genes(means):
+    wide = torch.rand(K + 1, 3000)
+    small, large = (sum(p.numel() for p in Embed(m, 8, compact=True).parameters()) for m in (means, wide))
+    assert small == large < sum(p.numel() for p in Embed(wide, 8).parameters()) / 100
+
+
+@pytest.mark.parametrize("prediction", ["v", "z0"])
+def test_noise_follows_from_every_prediction(means, prediction):
+    schedule = linear_schedule(1000)
+    denoiser = Denoiser(means, D, widths=(16,), prediction=prediction, alpha_bar=schedule.alpha_bar)
+    z0, eps, t = torch.randn(6, D), torch.randn(6, D), torch.tensor([1, 10, 250, 500, 900, 1000])
+    a = schedule.alpha_bar[t][:, None]
+    truth = z0 if prediction == "z0" else (a.sqrt() * eps - (1 - a).sqrt() * z0).float()
+    denoiser.output = lambda *_: truth
+    torch.testing.assert_close(denoiser(schedule.q_sample(z0, t, eps), t, torch.zeros(6, dtype=torch.long)), eps, rtol=1e-3, atol=2e-3)
+
+
+def test_a_prediction_is_checked_before_anything_is_built(means):
+    with pytest.raises(InputError, match="unknown prediction 'x'; known: eps, v, z0"):
+        Denoiser(means, D, prediction="x")
+    with pytest.raises(InputError, match="prediction 'v' needs alpha_bar"):
+        Denoiser(means, D, prediction="v")

@@ -778,3 +778,70 @@ def test_a_budget_in_seconds_ends_training_and_is_over_after_a_resume(tmp_path, 
     assert again.step == first.step and again.losses == first.losses
     more = run(budget_s=90, resume=True)
     assert first.step < more.step < 95
+
+
+# step sizes, other predictions, latents with a spread
+
+
+def test_cosine_steps_rise_and_fall_to_nothing():
+    sizes = [training._learning_rate(2.0, "cosine", s, 100) for s in range(100)]
+    assert max(sizes) == pytest.approx(2.0) and np.argmax(sizes) in (9, 10)
+    assert (np.diff(sizes[:10]) > 0).all() and (np.diff(sizes[10:]) < 0).all() and sizes[-1] < 0.002
+    assert {training._learning_rate(2.0, "constant", s, 100) for s in range(100)} == {2.0}
+
+
+def test_an_unknown_lr_schedule_is_refused(latents):
+    with pytest.raises(InputError, match="unknown lr_schedule 'linear'; known: constant, cosine"):
+        trained(latents, lr_schedule="linear")
+
+
+def test_a_cosine_run_is_resumed_bit_for_bit(latents, tmp_path, monkeypatch):
+    whole, _ = trained(latents, lr_schedule="cosine", steps=40)
+
+    class Killed(Exception):
+        pass
+
+    save = training.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise Killed
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        trained(latents, lr_schedule="cosine", steps=40, checkpoint=tmp_path / "c", checkpoint_every=15)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    again, _ = trained(latents, lr_schedule="cosine", steps=40, checkpoint=tmp_path / "c", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_losses_of_all_predictions_agree_at_their_weights():
+    """An error of the noise, told in the terms of v or z0, has the loss that the signal-to-noise ratio predicts."""
+    schedule, z0, labels = linear_schedule(1000), torch.randn(64, 8), torch.zeros(64, dtype=torch.long)
+    found = {}
+    for prediction in ("eps", "v", "z0"):
+        denoiser = Denoiser(torch.rand(2, 12), 8, widths=(8,), e_width=8, prediction=prediction, alpha_bar=schedule.alpha_bar)
+        torch.manual_seed(3)                                         # the same steps and noise for all three
+        found[prediction] = diffusion_loss(denoiser, schedule, z0, labels, p_uncond=0.0)
+        torch.manual_seed(3)
+        weighted = diffusion_loss(denoiser, schedule, z0, labels, p_uncond=0.0, min_snr=1e-3)
+        assert 0 < float(weighted.detach()) < float(found[prediction].detach()) * 2
+    # an untrained network says 0 everywhere: the losses are the mean squares of the targets
+    assert float(found["eps"].detach()) == pytest.approx(1.0, abs=0.15)
+    assert float(found["z0"].detach()) == pytest.approx(float(z0.square().mean()), rel=1e-5)
+    assert float(found["v"].detach()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_latents_with_a_spread_are_drawn_anew_each_step(latents, monkeypatch):
+    seen = []
+
+    def note(denoiser, schedule, z0, labels, **_):
+        seen.append(z0.clone())
+        return denoiser.embed().sum() * 0.0
+
+    monkeypatch.setattr(training, "diffusion_loss", note)
+    z = torch.zeros_like(latents[0])
+    trained((z, latents[1]), spread=torch.full_like(z, 0.5), steps=30)
+    values = torch.cat(seen)
+    assert abs(float(values.std()) - 0.5) < 0.05 and abs(float(values.mean())) < 0.05
+    assert not torch.equal(seen[0], seen[1])
