@@ -1,6 +1,7 @@
 """Shared by all tests: one thread (so that every process gets the same bits), planted cells, a tiny model."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -47,6 +48,14 @@ def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed:
         {"cell_type": pd.Categorical(np.array(["B", "NK", "T"])[types])}, index=[f"cell{seed}_{i}" for i in range(n)]
     )
     return ad.AnnData(sp.csr_matrix(x), obs=obs, var=pd.DataFrame(index=[f"gene{g}" for g in range(n_genes)]))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_works():
+    """A process started in the background inherits an ignored SIGINT, also when it runs tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

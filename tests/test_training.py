@@ -91,14 +91,6 @@ def meta_of(path: Path) -> dict:
         return json.loads(f.metadata()["meta"])
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_works():
-    """A process started in the background inherits an ignored SIGINT, also when it runs tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # devices, precision, bars
 
 def test_resolve_device(monkeypatch):
