@@ -3,7 +3,7 @@
     python benchmarks/quality.py cells.h5ad --labels cell_type --seeds 0 1 2
 
 Trains one model per seed on the training part, draws as many cells as there are test cells (at most --cells), and writes the whole
-evaluation suite of both draws, with provenance, to results/<set>/quality/. Finished seeds are reused. Prints the bars at the end.
+evaluation suite of both draws, with provenance, to results/<set>/quality/. Seeds finished with the same options and cells are reused. Prints the bars at the end.
 """
 
 import argparse
@@ -17,11 +17,6 @@ from scld_nb import data
 from scld_nb.evaluation import evaluate
 from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.model import SCLD
-
-PRINTED = (("counts20k", "rf_auc"), ("log1p", "rf_auc"), ("log1p", "strict_auc_forest"), ("log1p", "strict_auc_boosting"),
-           ("counts20k", "combined_auc"), ("log1p", "combined_auc"), ("log1p", "mmd_biased"), ("log1p", "memorisation"), ("log1p", "coverage"),
-           ("log1p", "recall"), ("log1p", "precision"), ("log1p", "density"), ("log1p", "gene_correlation"), ("log1p", "tstr_macro_f1"))
-
 
 def run(cells, key: str, seed: int, n: int, steps: int | None, ae_steps: int | None, sampling_steps: int, settings: dict) -> dict:
     train, test = data.default_split(cells)
@@ -83,8 +78,11 @@ def main() -> None:
     for seed in given.seeds:
         file = folder / f"seed{seed}.json"
         files.append(file)
-        if not file.exists():
-            write_json(file, run(cells, key, seed, given.cells_max, given.steps, given.ae_steps, given.sampling_steps, settings))
+        asked = {"cells_max": given.cells_max, "steps": given.steps, "ae_steps": given.ae_steps, "sampling_steps": given.sampling_steps}
+        asked = json.loads(json.dumps(asked | {"settings": settings, "data_sha256": str(cells.uns["scld_data"]["sha256"])}))
+        if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
+            found = run(cells, key, seed, given.cells_max, given.steps, given.ae_steps, given.sampling_steps, settings)
+            write_json(file, found | {"asked": asked})
         print(f"seed {seed}: {file.name}", flush=True)
     print(bars(files))
 

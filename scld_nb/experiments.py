@@ -450,11 +450,15 @@ class Study:
             self._controls[seed] = make_controls(*groups, n=self.n, seed=seed, n_trees=self.budget.n_trees, n_jobs=self._jobs())
         return self._controls[seed]
 
-    def gene_space(self, cells: ad.AnnData, seed: int, *, paired: bool = False) -> float:
-        """Area of a fully grown forest on the 1,000 genes that vary most among training cells, log-normalised; no components."""
+    def _variable_columns(self) -> np.ndarray:
+        """The 1,000 genes that vary most among training cells, found once."""
         if self._genes is None:
             self._genes = variable_genes_of(expression(self.train, "log1p"), 1000)
-        pair = [expression(part, "log1p", genes=self.test.var_names)[:, self._genes] for part in (self.test, cells)]
+        return self._genes
+
+    def gene_space(self, cells: ad.AnnData, seed: int, *, paired: bool = False) -> float:
+        """Area of a fully grown forest on the 1,000 genes that vary most among training cells, log-normalised; no components."""
+        pair = [expression(part, "log1p", genes=self.test.var_names)[:, self._variable_columns()] for part in (self.test, cells)]
         return rf_aucs(*pair, max_depths=(None,), n_pcs=None, n_trees=self.budget.n_trees, seed=seed, paired=paired, n_jobs=self._jobs())[None].auc
 
     def gene_control(self, seed: int) -> float:
@@ -463,7 +467,7 @@ class Study:
             m = min(self.n, self.train.n_obs)
             pick = np.random.default_rng([seed, 8])
             left, right = (part[np.sort(pick.choice(part.n_obs, m, replace=False))] for part in (self.test, self.train))
-            pair = [expression(part, "log1p")[:, variable_genes_of(expression(self.train, "log1p"), 1000)] for part in (left, right)]
+            pair = [expression(part, "log1p")[:, self._variable_columns()] for part in (left, right)]
             self._gene_controls[seed] = rf_aucs(*pair, max_depths=(None,), n_pcs=None, n_trees=self.budget.n_trees, seed=seed, n_jobs=self._jobs())[None].auc
         return self._gene_controls[seed]
 
