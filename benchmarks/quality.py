@@ -18,7 +18,8 @@ from scld_nb.evaluation import evaluate
 from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.model import SCLD
 
-def run(cells, key: str, seed: int, n: int, steps: int | None, ae_steps: int | None, sampling_steps: int, settings: dict) -> dict:
+def run(cells, key: str, seed: int, n: int, steps: int | None, ae_steps: int | None, sampling_steps: int, settings: dict,
+        models: Path | None = None) -> dict:
     train, test = data.default_split(cells)
     if test.n_obs > n:
         test = test[np.sort(np.random.default_rng(0).choice(test.n_obs, n, replace=False))].copy()
@@ -26,15 +27,18 @@ def run(cells, key: str, seed: int, n: int, steps: int | None, ae_steps: int | N
     began = time.perf_counter()
     model.train(steps, ae_steps=ae_steps, sampling_steps=sampling_steps, progress=False)
     took = time.perf_counter() - began
+    if models is not None:
+        model.save(models / f"seed{seed}")
     found, controls = {}, None
     for name, keep in (("plain", 1.0), ("scorer", model.config.keep)):
         drawn = model.sample(test.n_obs, keep=keep, seed=seed, sampling_steps=sampling_steps, progress=False)
-        report = evaluate(test, drawn, train=train, labels_key=key, seed=seed, suite=True, negative=False, controls=controls, n_trees=300,
+        report = evaluate(test, drawn, train=train, labels_key=key, seed=seed, suite=True, negative=False, controls=controls,
                           progress=False)
         controls = report.controls
         found[name] = report.records
     stages = {k: v for k, v in model.history.items() if "seconds" in v}
     return {"format": 1, "experiment": "quality", "seed": seed, "n_train": train.n_obs, "n_test": test.n_obs, "n_genes": test.n_vars, "labels_key": key,
+            "train_labels": {str(k): int(v) for k, v in train.obs[key].value_counts().items()},
             "sampling_steps": sampling_steps, "settings": settings, "steps": {k: v["steps"] for k, v in stages.items()},
             "train_seconds": {k: round(v["seconds"], 1) for k, v in stages.items()}, "seconds": round(took, 1), "scorer": model.history.get("scorer"),
             "notes": report.notes, "records": found, "provenance": provenance(model.device)}
@@ -67,6 +71,7 @@ def main() -> None:
     parser.add_argument("--ae-steps", type=int)
     parser.add_argument("--sampling-steps", type=int, default=100)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--models", type=Path, help="folder to keep the trained models in, one per seed")
     parser.add_argument("--root", type=Path, default=None)
     given = parser.parse_args()
     from scld_nb.cli import parse_setting
@@ -81,7 +86,7 @@ def main() -> None:
         asked = {"cells_max": given.cells_max, "steps": given.steps, "ae_steps": given.ae_steps, "sampling_steps": given.sampling_steps}
         asked = json.loads(json.dumps(asked | {"settings": settings, "data_sha256": str(cells.uns["scld_data"]["sha256"])}))
         if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-            found = run(cells, key, seed, given.cells_max, given.steps, given.ae_steps, given.sampling_steps, settings)
+            found = run(cells, key, seed, given.cells_max, given.steps, given.ae_steps, given.sampling_steps, settings, given.models)
             write_json(file, found | {"asked": asked})
         print(f"seed {seed}: {file.name}", flush=True)
     print(bars(files))

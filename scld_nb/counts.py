@@ -190,7 +190,7 @@ class CountRound(nn.Module):
         Share of the counted entries that training hides.
     """
 
-    def __init__(self, n_genes: int, d: int = 20, *, hidden: int = 256, dropout: float = 0.0, input_dropout: float = 0.1):
+    def __init__(self, n_genes: int, d: int = 30, *, hidden: int = 256, dropout: float = 0.0, input_dropout: float = 0.2):
         super().__init__()
         self.net, self.input_dropout = _layers(n_genes, hidden, 2 * d, dropout), input_dropout
 
@@ -235,7 +235,7 @@ class CountMap(nn.Module):
         Unknown head or dispersion.
     """
 
-    def __init__(self, n_genes: int, d: int = 20, *, hidden: int = 256, width: int = 128, rank: int = 8, head: str = "zinb",
+    def __init__(self, n_genes: int, d: int = 30, *, hidden: int = 256, width: int = 128, rank: int = 8, head: str = "zinb",
                  dispersion: str = "gene-cell", outliers: bool = True, dropout: float = 0.0,
                  start: CountStart | None = None):
         super().__init__()
@@ -329,9 +329,9 @@ class CountAutoencoder(nn.Module):
         See `CountRound` and `CountMap`.
     """
 
-    def __init__(self, n_genes: int, d: int = 20, *, n_cells: int = 1000, hidden: int = 256, width: int = 128, rank: int = 8,
+    def __init__(self, n_genes: int, d: int = 30, *, n_cells: int = 1000, hidden: int = 256, width: int = 128, rank: int = 8,
                  head: str = "zinb", dispersion: str = "gene-cell", outliers: bool = True, dropout: float = 0.0,
-                 input_dropout: float = 0.1, kl: float = 0.1, tau: float = 0.5, start: CountStart | None = None):
+                 input_dropout: float = 0.2, kl: float = 0.1, tau: float = 0.7, start: CountStart | None = None):
         super().__init__()
         self.n_genes, self.n_cells, self.kl, self.tau = n_genes, n_cells, kl, tau
         self.round = CountRound(n_genes, d, hidden=hidden, dropout=dropout, input_dropout=input_dropout)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'MSE', 'PAPER', 'FORMAT', 'PARTS', 'Config', 'make_config', 'read_labels',
-           'proportional', 'write_folder', 'read_folder', 'SCLD']
+           'proportional', 'write_folder', 'read_folder', 'count_autoencoder_steps', 'SCLD']
 
 # %% ../nbs/08_model.ipynb #c003
 import hashlib
@@ -151,10 +151,10 @@ class Config:
     dispersion: str = "gene-cell"
     outliers: bool = True
     kl: float = 0.1
-    tau: float = 0.5
+    tau: float = 0.7
     prediction: str = "v"
     min_snr: float | None = None
-    latent: int = 20
+    latent: int = 30
     hidden: int = 256
     latent_act: str = "none"
     out_act: str = "relu"
@@ -697,6 +697,11 @@ class _Samples(_Draws):
         return out
 
 # %% ../nbs/08_model.ipynb #c036
+def count_autoencoder_steps(n_cells: int, batch_size: int = 128) -> int:
+    """Optimiser steps that a count head's autoencoder takes by default: 70 passes over the cells, but 600 to 3,000 steps."""
+    return min(3_000, max(600, round(70 * n_cells / batch_size)))
+
+
 class _Learns(_Samples):
     """Round and Map, the denoiser, the Scorer."""
 
@@ -722,7 +727,7 @@ class _Learns(_Samples):
         max_steps
             Optimiser steps of the denoiser; default 6,000, with ``head="mse"`` the paper's 20,000.
         ae_steps
-            Optimiser steps of the autoencoder. Default: 40 passes over the cells, but 400 to 3,000 steps; with ``head="mse"``
+            Optimiser steps of the autoencoder. Default: 70 passes over the cells, but 600 to 3,000 steps; with ``head="mse"``
             as many as ``max_steps`` (decision 28).
         scorer
             Train the Scorer of post-guidance.
@@ -823,8 +828,7 @@ class _Learns(_Samples):
         steps = (20_000 if mse else 6_000) if max_steps is None else _whole("max_steps", max_steps)
         if ae_steps is not None:
             return steps, _whole("ae_steps", ae_steps)
-        passes = round(40 * sum(self.label_counts) / self.config.batch_size)
-        return steps, steps if mse else min(3_000, max(400, passes))
+        return steps, steps if mse else count_autoencoder_steps(sum(self.label_counts), self.config.batch_size)
 
     def _take_autoencoder(self, other: "SCLD") -> None:
         """Round and Map of another model, if they fit."""

@@ -19,7 +19,7 @@ from .data import InputError
 from .evaluation import SPACES, compare, expression
 from .experiments import COUNTED, FIGURE4_METHODS, FUSION_NAMES, METHODS, SCORED, Study, TABLE5_METHODS, default_methods
 from .metrics import mmd_bandwidth
-from .model import SCLD
+from .model import SCLD, count_autoencoder_steps
 from .scorer import n_to_generate
 from .training import TrainingError
 
@@ -158,7 +158,7 @@ def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -
         return np.nan
     stages = {"autoencoder": b.ae_steps if variant == "add" else 0, "denoiser": b.steps}
     if variant == "counts":                             # its steps cost about as much as those of the paper's head
-        stages = {"autoencoder": min(3000, max(400, 40 * study.train.n_obs // 128)), "denoiser": b.count_steps}
+        stages = {"autoencoder": count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
     seconds = sum(n * speed[k] if b.budget_s is None else min(n * speed[k], b.budget_s / 2) for k, n in stages.items())
     model_steps = b.sampling_steps or 1000
     fakes = study.train.n_obs * model_steps * speed["sampling"] if variant in ("add", "none", "counts") else 0.0

@@ -272,14 +272,14 @@ def test_every_prediction_trains(prediction):
 
 
 def test_mse_brings_the_widths_of_the_paper():
-    assert (make_config(head="mse").latent, make_config().latent) == (128, 20)
+    assert (make_config(head="mse").latent, make_config().latent) == (128, 30)
     assert make_config("paper").head == "mse" and make_config(head="mse", latent=32).latent == 32
     assert make_config().width == 21 and make_config(head="mse").width == 128
 
 
 def test_steps_follow_head_and_cells():
     model = SCLD(planted_cells(), "cell_type", device="cpu", **SMALL)
-    assert model.training_steps() == (6000, 400) and model.training_steps(50) == (50, 400) and model.training_steps(50, 7) == (50, 7)
+    assert model.training_steps() == (6000, 600) and model.training_steps(50) == (50, 600) and model.training_steps(50, 7) == (50, 7)
     assert SCLD(planted_cells(), "cell_type", device="cpu", **TINY).training_steps() == (20_000, 20_000)
 
 

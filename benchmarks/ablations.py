@@ -1,0 +1,157 @@
+"""Each choice behind the count head as a row: one thing changed, everything else at its default, judged on validation cells.
+
+    python benchmarks/ablations.py cells.h5ad --labels cell_type --seeds 0 1 2
+
+The test cells of the default split are laid aside and never looked at; the rest is split again, into cells to fit and cells to judge by.
+Rows of the decoder redraw fitted cells from the encoder's posterior, without any diffusion; rows of the denoiser share one autoencoder;
+rows of sampling share one model. Small by design (--genes most variable ones, --cells at most): the rows are compared with each other.
+One file per seed in results/<set>/ablations/, with provenance; seeds finished with the same options are reused.
+nbs/50_ablations.ipynb reads them.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from scld_nb import data
+from scld_nb.experiments import project_root, provenance, write_json
+from scld_nb.metrics import mmd, mmd_bandwidth, rf_auc
+from scld_nb.model import SCLD
+from scld_nb.suite import memorisation, precision_recall, variable_genes
+
+DECODER = {
+    "default": {},
+    "Poisson": {"head": "poisson"},
+    "negative binomial, no extra zeros": {"head": "nb"},
+    "one dispersion per gene": {"dispersion": "gene"},
+    "no outliers": {"outliers": False},
+    "kl 1": {"kl": 1.0},
+    "kl 0.01": {"kl": 0.01},
+    "latent 10": {"latent": 10},
+    "latent 20": {"latent": 20},
+    "tau 2": {"tau": 2.0},
+    "a third of the steps": {"ae_share": 1 / 3},
+    "twice the steps": {"ae_share": 2.0},
+}
+DENOISER = {
+    "default": {},
+    "predict eps": {"prediction": "eps"},
+    "predict z0": {"prediction": "z0"},
+    "min-SNR 5": {"min_snr": 5.0},
+    "constant step size": {"lr_schedule": "constant"},
+    "no weight average": {"ema": None},
+    "a third of the steps": {"share": 1 / 3},
+}
+SAMPLING = {
+    "default": {},
+    "omega -1": {"omega": -1.0},
+    "Scorer, 80 % kept": {"keep": 0.8},
+    "20 ancestral steps": {"sampling_steps": 20},
+    "20 steps, DPM-Solver++": {"sampling_steps": 20, "sampler": "dpm++"},
+}
+
+
+def normalised(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    total = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+    return sparse.csr_matrix(sparse.diags(20_000 / total) @ counts, dtype=np.float32)
+
+
+def judge(real: sparse.csr_matrix, drawn: sparse.csr_matrix, fitted: sparse.csr_matrix, trees: int, seed: int) -> dict[str, float]:
+    """What tells ``drawn`` from ``real``: two cell-by-gene matrices of counts with equally many rows."""
+    a, b, c = (normalised(x) for x in (real, drawn, fitted))
+    la, lb, lc = a.log1p(), b.log1p(), c.log1p()
+    close = precision_recall(la, lb)
+    return {
+        "AUC un-logged": rf_auc(a, b, n_trees=trees, seed=seed).auc,
+        "AUC log": rf_auc(la, lb, n_trees=trees, seed=seed).auc,
+        "AUC genes": rf_auc(la, lb, n_trees=trees, n_pcs=None, seed=seed).auc,
+        "MMD log": mmd(la, lb, bandwidth=mmd_bandwidth(la, seed=0)).biased,
+        "coverage": close["coverage"],
+        "memorisation": memorisation(lb, lc, la, seed=seed).share,
+    }
+
+
+def redraw(model: SCLD, counts: sparse.csr_matrix, seed: int) -> sparse.csr_matrix:
+    """Fitted cells, encoded with their spread and drawn again."""
+    x = torch.from_numpy(counts.toarray().astype(np.float32))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        mean, spread = model.autoencoder.posterior(x)
+        z = mean + spread * torch.randn(mean.shape, generator=g)
+        return sparse.csr_matrix(model.autoencoder.draw(z, generator=g).numpy())
+
+
+def cut(cells: AnnData, key: str, genes: int, most: int, seed: int = 0) -> tuple[AnnData, AnnData, AnnData]:
+    """Cells to fit and cells to judge by, both without test cells, on the genes that vary most in the cells to fit."""
+    rest, test = data.default_split(cells)
+    fit, validation = data.split(rest, test_size=0.2, seed=seed)
+    fit = fit[np.sort(np.random.default_rng(seed).permutation(fit.n_obs)[:most])]
+    keep = variable_genes(normalised(data.counts_matrix(fit)).log1p(), genes)
+    return fit[:, keep].copy(), validation[:, keep].copy(), test
+
+
+def run(cells: AnnData, key: str, seed: int, genes: int, most: int, steps: int, ae_steps: int, trees: int) -> list[dict]:
+    fit, validation, _ = cut(cells, key, genes, most)
+    real, fitted = data.counts_matrix(validation), data.counts_matrix(fit)
+    n = min(real.shape[0], fitted.shape[0])
+    real = real[:n]
+    some = np.random.default_rng(seed).permutation(fitted.shape[0])[:n]
+    rows = [{"stage": "control", "row": "fitted cells", "seconds": 0.0} | judge(real, fitted[some], fitted, trees, seed)]
+
+    def note(stage: str, name: str, drawn, began: float) -> None:
+        rows.append({"stage": stage, "row": name, "seconds": round(time.perf_counter() - began, 1)} | judge(real, drawn, fitted, trees, seed))
+        print(f"  {stage:9s} {name:36s} " + "  ".join(f"{k} {v:.3f}" for k, v in list(rows[-1].items())[3:]), flush=True)
+
+    def fitted_model(autoencoder: SCLD | None = None, scorer: bool = False, denoiser: float = 1.0, ae_share: float = 1.0, **settings) -> SCLD:
+        model = SCLD(fit, key, seed=seed, **settings)
+        return model.train(max(1, round(denoiser * steps)), ae_steps=max(1, round(ae_share * ae_steps)), autoencoder=autoencoder, scorer=scorer,
+                           sampling_steps=100, progress=False)
+
+    for name, change in DECODER.items():
+        began = time.perf_counter()
+        model = fitted_model(denoiser=0.0, **change)
+        base = model if name == "default" else base
+        note("decoder", name, redraw(model, fitted[some], seed), began)
+    for name, change in DENOISER.items():
+        began, change = time.perf_counter(), dict(change)
+        model = fitted_model(base, scorer=name == "default", denoiser=change.pop("share", 1.0), **change)
+        whole = model if name == "default" else whole
+        note("denoiser", name, data.counts_matrix(model.sample(n, keep=1.0, sampling_steps=100, seed=seed, progress=False)), began)
+    for name, change in SAMPLING.items():
+        began = time.perf_counter()
+        drawn = whole.sample(n, **({"keep": 1.0, "sampling_steps": 100, "seed": seed + 1, "progress": False} | change))
+        note("sampling", name, data.counts_matrix(drawn), began)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells")
+    parser.add_argument("--labels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    for name, value in (("genes", 1000), ("most", 2000), ("steps", 3000), ("ae-steps", 1500), ("trees", 100)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--root", type=Path, default=None)
+    given = parser.parse_args(argv)
+    cells = data.load(given.cells, labels=given.labels)
+    about = cells.uns["scld_data"]
+    folder = (given.root or project_root()) / "results" / str(about["name"]) / "ablations"
+    for seed in given.seeds:
+        file = folder / f"seed{seed}.json"
+        asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")} | {"data_sha256": str(about["sha256"])}
+        if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
+            print(f"{about['name']}, seed {seed}", flush=True)
+            rows = run(cells, str(about["labels_key"]), seed, given.genes, given.most, given.steps, given.ae_steps, given.trees)
+            write_json(file, {"format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed, "asked": asked, "rows": rows,
+                              "provenance": provenance(torch.device("cpu"))})
+        print(f"{file.name}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
