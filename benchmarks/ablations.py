@@ -11,6 +11,7 @@ nbs/50_ablations.ipynb reads them.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from anndata import AnnData
 from scipy import sparse
 
 from scld_nb import data
+from scld_nb.data import InputError
 from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.metrics import mmd, mmd_bandwidth, rf_auc
-from scld_nb.model import SCLD
+from scld_nb.model import SCLD, make_config
 from scld_nb.suite import memorisation, precision_recall, variable_genes
 
 DECODER = {
@@ -87,30 +89,31 @@ def redraw(model: SCLD, counts: sparse.csr_matrix, seed: int) -> sparse.csr_matr
         return sparse.csr_matrix(model.autoencoder.draw(z, generator=g).numpy())
 
 
-def cut(cells: AnnData, key: str, genes: int, most: int, seed: int = 0) -> tuple[AnnData, AnnData, AnnData]:
+def cut(cells: AnnData, genes: int, most: int, seed: int = 0) -> tuple[AnnData, AnnData]:
     """Cells to fit and cells to judge by, both without test cells, on the genes that vary most in the cells to fit."""
-    rest, test = data.default_split(cells)
+    rest, _ = data.default_split(cells)
     fit, validation = data.split(rest, test_size=0.2, seed=seed)
     fit = fit[np.sort(np.random.default_rng(seed).permutation(fit.n_obs)[:most])]
     keep = variable_genes(normalised(data.counts_matrix(fit)).log1p(), genes)
-    return fit[:, keep].copy(), validation[:, keep].copy(), test
+    return fit[:, keep].copy(), validation[:, keep].copy()
 
 
-def run(cells: AnnData, key: str, seed: int, genes: int, most: int, steps: int, ae_steps: int, trees: int) -> list[dict]:
-    fit, validation, _ = cut(cells, key, genes, most)
+def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[dict]:
+    """All rows of one seed; which cells are fitted does not depend on it."""
+    fit, validation = cut(cells, given.genes, given.most)
     real, fitted = data.counts_matrix(validation), data.counts_matrix(fit)
     n = min(real.shape[0], fitted.shape[0])
     real = real[:n]
     some = np.random.default_rng(seed).permutation(fitted.shape[0])[:n]
-    rows = [{"stage": "control", "row": "fitted cells", "seconds": 0.0} | judge(real, fitted[some], fitted, trees, seed)]
+    rows = [{"stage": "control", "row": "fitted cells", "seconds": 0.0} | judge(real, fitted[some], fitted, given.trees, seed)]
 
     def note(stage: str, name: str, drawn, began: float) -> None:
-        rows.append({"stage": stage, "row": name, "seconds": round(time.perf_counter() - began, 1)} | judge(real, drawn, fitted, trees, seed))
+        rows.append({"stage": stage, "row": name, "seconds": round(time.perf_counter() - began, 1)} | judge(real, drawn, fitted, given.trees, seed))
         print(f"  {stage:9s} {name:36s} " + "  ".join(f"{k} {v:.3f}" for k, v in list(rows[-1].items())[3:]), flush=True)
 
     def fitted_model(autoencoder: SCLD | None = None, scorer: bool = False, denoiser: float = 1.0, ae_share: float = 1.0, **settings) -> SCLD:
         model = SCLD(fit, key, seed=seed, **settings)
-        return model.train(max(1, round(denoiser * steps)), ae_steps=max(1, round(ae_share * ae_steps)), autoencoder=autoencoder, scorer=scorer,
+        return model.train(max(1, round(denoiser * given.steps)), ae_steps=max(1, round(ae_share * given.ae_steps)), autoencoder=autoencoder, scorer=scorer,
                            sampling_steps=100, progress=False)
 
     for name, change in DECODER.items():
@@ -130,28 +133,33 @@ def run(cells: AnnData, key: str, seed: int, genes: int, most: int, steps: int, 
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells")
-    parser.add_argument("--labels")
+    parser.add_argument("cells", help=".h5ad with counts")
+    parser.add_argument("--labels", help="column of obs; default: louvain")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, value in (("genes", 1000), ("most", 2000), ("steps", 3000), ("ae-steps", 1500), ("trees", 100)):
+    for name, value in (("genes", 1000), ("most", 2000), ("steps", 3000), ("ae-steps", 1000), ("trees", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--root", type=Path, default=None)
+    parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
     given = parser.parse_args(argv)
-    cells = data.load(given.cells, labels=given.labels)
-    about = cells.uns["scld_data"]
-    folder = (given.root or project_root()) / "results" / str(about["name"]) / "ablations"
-    for seed in given.seeds:
-        file = folder / f"seed{seed}.json"
+    try:
+        cells = data.load(given.cells, labels=given.labels)
+        about = cells.uns["scld_data"]
+        folder = (given.root or project_root()) / "results" / str(about["name"]) / "ablations"
         asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")} | {"data_sha256": str(about["sha256"])}
-        if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-            print(f"{about['name']}, seed {seed}", flush=True)
-            rows = run(cells, str(about["labels_key"]), seed, given.genes, given.most, given.steps, given.ae_steps, given.trees)
-            write_json(file, {"format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed, "asked": asked, "rows": rows,
-                              "provenance": provenance(torch.device("cpu"))})
-        print(f"{file.name}: done", flush=True)
+        for seed in given.seeds:
+            file = folder / f"seed{seed}.json"
+            if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
+                print(f"{about['name']}, seed {seed}", flush=True)
+                rows = run(cells, str(about["labels_key"]), seed, given)
+                write_json(file, {"format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed, "asked": asked,
+                                  "rows": rows, "provenance": provenance(torch.device("cpu"))})
+            print(f"{file.name}: done", flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

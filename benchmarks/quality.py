@@ -8,45 +8,49 @@ evaluation suite of both draws, with provenance, to results/<set>/quality/. Seed
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from scld_nb import data
+from scld_nb.cli import parse_setting
+from scld_nb.data import InputError
 from scld_nb.evaluation import evaluate
 from scld_nb.experiments import project_root, provenance, write_json
-from scld_nb.model import SCLD
+from scld_nb.model import SCLD, make_config
 
-def run(cells, key: str, seed: int, n: int, steps: int | None, ae_steps: int | None, sampling_steps: int, settings: dict,
-        models: Path | None = None) -> dict:
+
+
+def run(cells, key: str, seed: int, given: argparse.Namespace, settings: dict) -> dict:
+    """Train, draw as many cells as there are test cells, with and without the Scorer, and evaluate both."""
     train, test = data.default_split(cells)
-    if test.n_obs > n:
-        test = test[np.sort(np.random.default_rng(0).choice(test.n_obs, n, replace=False))].copy()
-    model = SCLD(train, key, seed=seed, **settings)
-    began = time.perf_counter()
-    model.train(steps, ae_steps=ae_steps, sampling_steps=sampling_steps, progress=False)
+    if test.n_obs > given.cells_max:
+        test = test[np.sort(np.random.default_rng(0).choice(test.n_obs, given.cells_max, replace=False))].copy()
+    model, began = SCLD(train, key, seed=seed, **settings), time.perf_counter()
+    model.train(given.steps, ae_steps=given.ae_steps, sampling_steps=given.sampling_steps, progress=False)
     took = time.perf_counter() - began
-    if models is not None:
-        model.save(models / f"seed{seed}")
+    if given.models is not None:
+        model.save(given.models / f"seed{seed}")
     found, controls = {}, None
     for name, keep in (("plain", 1.0), ("scorer", model.config.keep)):
-        drawn = model.sample(test.n_obs, keep=keep, seed=seed, sampling_steps=sampling_steps, progress=False)
+        drawn = model.sample(test.n_obs, keep=keep, seed=seed, sampling_steps=given.sampling_steps, progress=False)
         report = evaluate(test, drawn, train=train, labels_key=key, seed=seed, suite=True, negative=False, controls=controls,
-                          progress=False)
+                          n_trees=given.trees, progress=False)
         controls = report.controls
         found[name] = report.records
     stages = {k: v for k, v in model.history.items() if "seconds" in v}
-    return {"format": 1, "experiment": "quality", "seed": seed, "n_train": train.n_obs, "n_test": test.n_obs, "n_genes": test.n_vars, "labels_key": key,
-            "train_labels": {str(k): int(v) for k, v in train.obs[key].value_counts().items()},
-            "sampling_steps": sampling_steps, "settings": settings, "steps": {k: v["steps"] for k, v in stages.items()},
-            "train_seconds": {k: round(v["seconds"], 1) for k, v in stages.items()}, "seconds": round(took, 1), "scorer": model.history.get("scorer"),
-            "notes": report.notes, "records": found, "provenance": provenance(model.device)}
+    return {"format": 1, "experiment": "quality", "seed": seed, "n_train": train.n_obs, "n_test": test.n_obs, "n_genes": test.n_vars,
+            "labels_key": key, "train_labels": {str(k): int(v) for k, v in train.obs[key].value_counts().items()},
+            "sampling_steps": given.sampling_steps, "settings": settings, "steps": {k: v["steps"] for k, v in stages.items()},
+            "train_seconds": {k: round(v["seconds"], 1) for k, v in stages.items()}, "seconds": round(took, 1),
+            "scorer": model.history.get("scorer"), "notes": report.notes, "records": found, "provenance": provenance(model.device)}
 
 
-def bars(files: list[Path]) -> str:
+def bars(runs: list[dict]) -> str:
     """Mean over seeds of every printed measure, plain and behind the Scorer, beside its control."""
-    runs, lines = [json.loads(f.read_text("utf-8")) for f in files], []
+    lines = []
     wanted = sorted({(r["space"], r["metric"]) for run in runs for r in run["records"]["plain"] if r["cluster"] == "all"})
     for space, metric in wanted:
         cell = {}
@@ -61,36 +65,40 @@ def bars(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells")
-    parser.add_argument("--labels")
+    parser.add_argument("cells", help=".h5ad with counts")
+    parser.add_argument("--labels", help="column of obs; default: louvain")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells-max", type=int, default=2000, help="most test cells to compare with")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--ae-steps", type=int)
+    parser.add_argument("--steps", type=int, help="of the denoiser")
+    parser.add_argument("--ae-steps", type=int, help="of the autoencoder")
     parser.add_argument("--sampling-steps", type=int, default=100)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--trees", type=int, default=100, help="of the forests")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model")
     parser.add_argument("--models", type=Path, help="folder to keep the trained models in, one per seed")
-    parser.add_argument("--root", type=Path, default=None)
-    given = parser.parse_args()
-    from scld_nb.cli import parse_setting
-
-    cells = data.load(given.cells, labels=given.labels)
-    name, key = str(cells.uns["scld_data"]["name"]), str(cells.uns["scld_data"]["labels_key"])
-    folder = (given.root or project_root()) / "results" / name / "quality"
-    settings, files = dict(map(parse_setting, given.set)), []
-    for seed in given.seeds:
-        file = folder / f"seed{seed}.json"
-        files.append(file)
-        asked = {"cells_max": given.cells_max, "steps": given.steps, "ae_steps": given.ae_steps, "sampling_steps": given.sampling_steps}
-        asked = json.loads(json.dumps(asked | {"settings": settings, "data_sha256": str(cells.uns["scld_data"]["sha256"])}))
-        if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-            found = run(cells, key, seed, given.cells_max, given.steps, given.ae_steps, given.sampling_steps, settings, given.models)
-            write_json(file, found | {"asked": asked})
-        print(f"seed {seed}: {file.name}", flush=True)
-    print(bars(files))
+    parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
+    given = parser.parse_args(argv)
+    try:
+        settings, files = dict(map(parse_setting, given.set)), []
+        make_config(**settings)
+        cells = data.load(given.cells, labels=given.labels)
+        about = cells.uns["scld_data"]
+        folder = (given.root or project_root()) / "results" / str(about["name"]) / "quality"
+        asked = {k: getattr(given, k) for k in ("cells_max", "steps", "ae_steps", "sampling_steps", "trees")}
+        asked = json.loads(json.dumps(asked | {"settings": settings, "data_sha256": str(about["sha256"])}))
+        for seed in given.seeds:
+            file = folder / f"seed{seed}.json"
+            files.append(file)
+            if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
+                write_json(file, run(cells, str(about["labels_key"]), seed, given, settings) | {"asked": asked})
+            print(f"seed {seed}: {file.name}", flush=True)
+        print(bars([json.loads(file.read_text("utf-8")) for file in files]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,8 +64,9 @@ def classify(x, y, x_test, y_test, label: str, seed: int, *, weights: str | None
     models = {"logistic": LogisticRegression(max_iter=1000, class_weight=weights),
               "forest": RandomForestClassifier(N_TREES, class_weight=weights, random_state=seed)}
     x, x_test, found = x.toarray(), x_test.toarray(), {}
+    names, codes = np.unique(y, return_inverse=True)     # balanced forests of scikit-learn 1.9 refuse labels that read like numbers
     for name, model in models.items():
-        guess = model.fit(x, y).predict(x_test)
+        guess = names[model.fit(x, codes).predict(x_test)]
         precision, recall, f1, _ = precision_recall_fscore_support(y_test, guess, labels=[label], average=None, zero_division=0)
         found[name] = {"f1": float(f1[0]), "precision": float(precision[0]), "recall": float(recall[0]),
                        "macro_f1": float(f1_score(y_test, guess, average="macro", zero_division=0))}
@@ -148,7 +149,6 @@ def table(runs: list[dict]) -> str:
     """Mean and sd over seeds for every rare label: scores on test cells, then markers."""
     def spread(values: list[float]) -> str:
         return f"{np.mean(values):6.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:5.3f}"
-
     lines = []
     for label in sorted({label for run in runs for label in run["labels"]}):
         own = [run["labels"][label] for run in runs if label in run["labels"]]

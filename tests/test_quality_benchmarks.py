@@ -1,0 +1,98 @@
+"""benchmarks/quality.py and benchmarks/ablations.py at a size where they take seconds."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, planted_cells
+
+from scld_nb.data import counts_matrix, default_split, load
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SETTINGS = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items() if k != "head"]
+
+
+def script_of(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ablations():
+    return script_of("ablations")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "planted.h5ad"
+    planted_cells(500).write_h5ad(path)
+    return path
+
+
+def test_rows_never_meet_a_test_cell(ablations, file):
+    cells = load(str(file), labels="cell_type")
+    fit, validation = ablations.cut(cells, 40, 200)
+    test = set(default_split(cells)[1].obs_names)
+    groups = [set(fit.obs_names), set(validation.obs_names), test]
+    assert all(groups) and not (groups[0] & groups[1] or groups[0] & test or groups[1] & test)
+    assert fit.n_obs == 200 and fit.n_vars == validation.n_vars == 40 and list(fit.var_names) == list(validation.var_names)
+
+
+def test_judges_see_what_is_wrong_and_nothing_else(ablations, file):
+    cells = load(str(file), labels="cell_type")
+    x = counts_matrix(cells)[np.random.default_rng(0).permutation(cells.n_obs)].astype(np.float32)
+    real, same, fitted = x[:150], x[150:300], x[300:450]
+    shuffled = same.toarray()
+    for j in range(shuffled.shape[1]):
+        np.random.default_rng(j).shuffle(shuffled[:, j])
+    good = ablations.judge(real, same, fitted, 30, 0)
+    bad = ablations.judge(real, type(real)(shuffled), fitted, 30, 0)
+    assert 0.3 < good["AUC log"] < 0.65 < bad["AUC log"] and bad["MMD log"] > good["MMD log"] and bad["coverage"] < good["coverage"]
+    assert ablations.judge(real, fitted, fitted, 5, 0)["memorisation"] > 0.9 > 0.65 > good["memorisation"] > 0.35
+
+
+def test_all_rows_run_and_are_reused(ablations, file, tmp_path, capsys, monkeypatch):
+    for name in ("DECODER", "DENOISER", "SAMPLING"):
+        rows = getattr(ablations, name)
+        monkeypatch.setattr(ablations, name, dict([*rows.items()][:2]))
+    argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--genes", "40", "--most", "200", "--steps", "20", "--ae-steps", "20",
+            "--trees", "3", "--root", str(tmp_path)]
+    assert ablations.main(argv) == 0
+    path = tmp_path / "results" / "planted" / "ablations" / "seed0.json"
+    found = json.loads(path.read_text())
+    assert [(r["stage"], r["row"]) for r in found["rows"]] == [
+        ("control", "fitted cells"), ("decoder", "default"), ("decoder", "Poisson"), ("denoiser", "default"), ("denoiser", "predict eps"),
+        ("sampling", "default"), ("sampling", "omega -1")]
+    assert all(0 <= r["AUC genes"] <= 1 and r["seconds"] >= 0 for r in found["rows"]) and found["provenance"]["packages"]["torch"]
+    before = path.stat().st_mtime_ns
+    assert ablations.main(argv) == 0 and path.stat().st_mtime_ns == before
+    assert [p.name for p in path.parent.iterdir()] == ["seed0.json"]
+
+
+def test_every_row_names_a_setting_that_exists(ablations):
+    for change in ({k: v for k, v in c.items() if k not in ("ae_share", "share")} for c in (*ablations.DECODER.values(), *ablations.DENOISER.values())):
+        ablations.make_config(**change)
+
+
+def test_quality_writes_both_draws_beside_their_control(file, tmp_path, capsys):
+    quality = script_of("quality")
+    argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--steps", "20", "--ae-steps", "20", "--sampling-steps", "5", "--trees", "4",
+            "--root", str(tmp_path), "--models", str(tmp_path / "models"), "--set", *SETTINGS, "scorer_cells=64"]
+    assert quality.main(argv) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "planted" / "quality" / "seed0.json").read_text())
+    assert set(found["records"]) == {"plain", "scorer"} and sum(found["train_labels"].values()) == found["n_train"]
+    line = next(line for line in out.splitlines() if line.startswith("rf_auc") and "log1p" in line)
+    own = [r for r in found["records"]["plain"] if (r["metric"], r["space"], r["cluster"]) == ("rf_auc", "log1p", "all")]
+    assert f"plain {own[0]['value']:8.3f}" in line and f"control {own[0]['control']:8.3f}" in line
+    assert (tmp_path / "models" / "seed0" / "weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["quality", "ablations"])
+def test_a_wrong_column_is_one_line(name, file, capsys):
+    assert script_of(name).main([str(file), "--labels", "nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
