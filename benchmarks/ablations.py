@@ -48,6 +48,7 @@ DENOISER = {
     "min-SNR 5": {"min_snr": 5.0},
     "constant step size": {"lr_schedule": "constant"},
     "no weight average": {"ema": None},
+    "widths 512, 256, 128": {"widths": (512, 256, 128)},
     "a third of the steps": {"share": 1 / 3},
 }
 SAMPLING = {
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cells", help=".h5ad with counts")
     parser.add_argument("--labels", help="column of obs; default: louvain")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, value in (("genes", 1000), ("most", 2000), ("steps", 3000), ("ae-steps", 1000), ("trees", 100)):
+    for name, value in (("genes", 1000), ("most", 1500), ("steps", 2000), ("ae-steps", 1000), ("trees", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
     given = parser.parse_args(argv)

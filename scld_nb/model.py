@@ -168,7 +168,7 @@ class Config:
     beta_1: float = 1e-4
     beta_T: float = 0.02
     variance: str = "fixed_large"
-    widths: tuple[int, ...] = (512, 256, 128)
+    widths: tuple[int, ...] = (256, 128)
     dropout: float = 0.1
     batch_size: int = 128
     lr: float = 1e-3
@@ -191,7 +191,7 @@ class Config:
         return self.latent + (self.head != "mse")
 
 
-MSE = {"head": "mse", "latent": 128, "hidden": 512, "prediction": "eps", "lr_schedule": "constant"}
+MSE = {"head": "mse", "latent": 128, "hidden": 512, "widths": (512, 256, 128), "prediction": "eps", "lr_schedule": "constant"}
 PAPER = MSE | {"transform": "none", "latent_act": "relu", "drop": "first_k", "ema": None, "clip": None, "scope": "all"}
 
 

@@ -274,7 +274,8 @@ def test_every_prediction_trains(prediction):
 def test_mse_brings_the_widths_of_the_paper():
     assert (make_config(head="mse").latent, make_config().latent) == (128, 30)
     assert make_config("paper").head == "mse" and make_config(head="mse", latent=32).latent == 32
-    assert make_config().width == 21 and make_config(head="mse").width == 128
+    assert make_config().width == 31 and make_config(head="mse").width == 128
+    assert make_config().widths == (256, 128) and make_config(head="mse").widths == (512, 256, 128)
 
 
 def test_steps_follow_head_and_cells():
