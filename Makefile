@@ -1,11 +1,12 @@
 # make reproduce   runs the paper's tables and figures on the embedded data set
 # make test        everything CI checks
+# make docs        the documentation site, in _site/
 PYTHON  ?= python3
 DATASET ?= pbmc68k_reduced
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := Agg
 
-.PHONY: reproduce test readme clean
+.PHONY: reproduce test readme docs clean
 
 reproduce: .venv/installed
 	papermill nbs/reproduce.ipynb runs/$(notdir $(basename $(DATASET))).ipynb -p dataset $(DATASET) </dev/null
@@ -28,10 +29,14 @@ test: .venv/installed
 readme: .venv/installed
 	@jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' > README.md.tmp && mv README.md.tmp README.md
 
+docs: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	OMP_NUM_THREADS=1 .venv/bin/python docs/build.py --quiet
+
 .venv/installed: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info out.ipynb
+	rm -rf .venv build dist *.egg-info out.ipynb _site docs/_build

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from scld_nb.data import InputError
 from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.metrics import mmd, mmd_bandwidth, rf_auc
 from scld_nb.model import SCLD, make_config
-from scld_nb.suite import memorisation, precision_recall, variable_genes
+from scld_nb.suite import joint_components, memorisation, precision_recall, variable_genes
 
 DECODER = {
     "default": {},
@@ -54,7 +55,8 @@ DENOISER = {
 SAMPLING = {
     "default": {},
     "omega -1": {"omega": -1.0},
-    "Scorer, 80 % kept": {"keep": 0.8},
+    "Scorer, 80 % by odds": {"keep": 0.8},
+    "Scorer, top 80 %": {"keep": 0.8, "selection": "top"},
     "20 ancestral steps": {"sampling_steps": 20},
     "20 steps, DPM-Solver++": {"sampling_steps": 20, "sampler": "dpm++"},
 }
@@ -69,7 +71,7 @@ def judge(real: sparse.csr_matrix, drawn: sparse.csr_matrix, fitted: sparse.csr_
     """What tells ``drawn`` from ``real``: two cell-by-gene matrices of counts with equally many rows."""
     a, b, c = (normalised(x) for x in (real, drawn, fitted))
     la, lb, lc = a.log1p(), b.log1p(), c.log1p()
-    close = precision_recall(la, lb)
+    close = precision_recall(*joint_components(la, lb))
     return {
         "AUC un-logged": rf_auc(a, b, n_trees=trees, seed=seed).auc,
         "AUC log": rf_auc(la, lb, n_trees=trees, seed=seed).auc,
@@ -128,7 +130,8 @@ def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[
         whole = model if name == "default" else whole
         note("denoiser", name, data.counts_matrix(model.sample(n, keep=1.0, sampling_steps=100, seed=seed, progress=False)), began)
     for name, change in SAMPLING.items():
-        began = time.perf_counter()
+        began, change = time.perf_counter(), dict(change)
+        whole.config = replace(whole.config, selection=change.pop("selection", "odds"))
         drawn = whole.sample(n, **({"keep": 1.0, "sampling_steps": 100, "seed": seed + 1, "progress": False} | change))
         note("sampling", name, data.counts_matrix(drawn), began)
     return rows

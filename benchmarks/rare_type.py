@@ -30,8 +30,9 @@ from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.model import SCLD
 from scld_nb.suite import variable_genes
 
-TIMES, LARGEST, TEST_SIZE, MIN_TRAIN, MIN_TEST, N_GENES, N_MARKERS, N_TREES = 10, 0.02, 0.3, 10, 3, 2000, 20, 300
-SOURCES = {"scld": "SCLD", "scld_scorer": "SCLD behind the Scorer, keep 0.8", "scvi": "scVI, label's aggregated posterior"}
+TIMES, LARGEST, TEST_SIZE, MIN_TRAIN, MIN_TEST, N_GENES, N_MARKERS, N_TREES, GUIDED = 10, 0.02, 0.3, 10, 3, 2000, 20, 300, 1.0
+SOURCES = {"scld": "SCLD", "scld_scorer": "SCLD behind the Scorer, keep 0.8",
+           "scld_guided": "SCLD, omega 1, behind the Scorer", "scvi": "scVI, label's aggregated posterior"}
 TITLES = {"real": "real cells only", "oversampled": "+ 10x oversampled", "balanced": "balanced weights"} | {k: f"+ 10x {v}" for k, v in SOURCES.items()}
 
 
@@ -123,8 +124,8 @@ def run(cells: ad.AnnData, key: str, seed: int, *, steps: int | None = None, ae_
     x, x_test, found = x[:, genes], x_test[:, genes], {}
     for label in labels:
         n = TIMES * int((y == label).sum())
-        drawn = {name: model.sample(n, label, omega=omega, keep=keep, seed=seed, sampling_steps=sampling_steps, progress=False).X
-                 for name, keep in (("scld", 1.0), ("scld_scorer", 0.8))}
+        drawn = {name: model.sample(n, label, omega=weight, keep=keep, seed=seed, sampling_steps=sampling_steps, progress=False).X
+                 for name, keep, weight in (("scld", 1.0, omega), ("scld_scorer", 0.8, omega), ("scld_guided", 0.8, GUIDED))}
         drawn |= {} if skipped else {"scvi": scvi.sample(n, label).X}
         drawn = {name: log_normalised(counts)[:, genes] for name, counts in drawn.items()}
         sets = {"real": (x, y), "oversampled": oversample(x, y, label, seed), "balanced": (x, y)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'DISPERSIONS', 'GAIN', 'CountStart', 'count_start', 'CountParameters', 'count_nll', 'CountRound', 'CountMap',
-           'draw_counts', 'CountAutoencoder', 'fit_count_statistics']
+           'draw_counts', 'CountAutoencoder', 'expected_counts', 'calibrate_means', 'fit_count_statistics']
 
 # %% ../nbs/01_counts.ipynb #c003
 import math
@@ -268,7 +268,8 @@ class CountMap(nn.Module):
     def forward(self, z: torch.Tensor, log_library: torch.Tensor) -> CountParameters:
         """Latents ``(n, d)`` and logarithms of library sizes ``(n, 1)`` to parameters."""
         h = F.layer_norm(self.net(z), (self.mean.in_features,))
-        log_mu = F.log_softmax(self.mean(h).float(), dim=1) + log_library
+        shares = self.mean(h).float()
+        log_mu = shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
         log_r = None if self.log_r is None else GAIN * self.log_r
         if "r" in self.low:
             log_r = log_r + self.low["r"](h).float()
@@ -376,9 +377,44 @@ class CountAutoencoder(nn.Module):
         return draw_counts(self.parameters_of(z), generator=generator)
 
 # %% ../nbs/01_counts.ipynb #c037
+def expected_counts(parameters: CountParameters) -> torch.Tensor:
+    """Means of the counts that `draw_counts` draws, outliers included, ``(n, n_genes)``."""
+    log_mu, _, logit, outlier, outlier_mean = parameters
+    mean = log_mu.exp() if logit is None else log_mu.exp() * torch.sigmoid(-logit)
+    return mean if outlier is None else torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
+
+
+def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device: torch.device, size: int = 1024) -> torch.Tensor:
+    """Move the offset of each gene so that drawn training cells hold as many of its counts as were counted.
+
+    Parameters
+    ----------
+    autoencoder
+        Trained; the offsets of Map are changed.
+    reader, device, size
+        As in `fit_count_statistics`.
+
+    Returns
+    -------
+    What was added to each offset, within [-0.5, 0.5], ``(n_genes,)``; doing it again adds nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    counted, expected = (torch.zeros(autoencoder.n_genes, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        for block in reader.blocks(size):
+            x = torch.from_numpy(block).to(device)
+            mean, log_var = autoencoder.round(x)
+            z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator).to(device)
+            counted += x.sum(0).double().cpu()
+            expected += expected_counts(autoencoder.map(z, x.sum(dim=1, keepdim=True).log())).sum(0).double().cpu()
+        step = torch.log((counted + 1.0) / (expected + 1.0)).clamp(-0.5, 0.5).float()
+        autoencoder.map.mean.bias += step.to(device)
+    return step
+
+# %% ../nbs/01_counts.ipynb #c039
 def fit_count_statistics(autoencoder: CountAutoencoder, reader: CellReader, *, device: torch.device,
                          size: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """Set mean, standard deviation and library range from the training cells; return their standardised posteriors.
+    """Calibrate the means of genes, set mean, standard deviation and library range from the training cells; return their posteriors.
 
     Parameters
     ----------
@@ -398,6 +434,7 @@ def fit_count_statistics(autoencoder: CountAutoencoder, reader: CellReader, *, d
     autoencoder.eval()
     autoencoder.latent_mean.zero_()
     autoencoder.latent_std.fill_(1.0)
+    calibrate_means(autoencoder, reader, device=device, size=size)
     with torch.no_grad():
         parts = [autoencoder.posterior(torch.from_numpy(x).to(device)) for x in reader.blocks(size)]
     mean, spread = (torch.cat([p[i].cpu() for p in parts]).double() for i in (0, 1))

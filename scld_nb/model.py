@@ -32,7 +32,7 @@ from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
 from .sampling import SAMPLERS, VARIANCES, guided_sampler, sample_latents
 from .schedules import linear_schedule
-from .scorer import Scorer, bounded_queue, keep_top, n_to_generate, train_scorer
+from .scorer import SELECTIONS, Scorer, bounded_queue, keep_by_odds, keep_top, n_to_generate, train_scorer
 from scld_nb.training import (
     LR_SCHEDULES,
     PRECISIONS,
@@ -63,6 +63,7 @@ CHOICES = {
     "variance": VARIANCES,
     "precision": PRECISIONS,
     "scope": ("label", "all"),
+    "selection": SELECTIONS,
     "pre_guidance": (True, False),
 }
 RANGES = {
@@ -141,9 +142,9 @@ class Config:
         Optimisation of both stages (27).
     precision
         ``"auto"`` (bf16 matrix products on cuda, fp32 elsewhere), ``"fp32"`` or ``"bf16"``.
-    keep, scope, scorer_cells
-        Share kept by the Scorer, ranking per ``"label"`` or over ``"all"`` cells together (30), and the most fakes
-        generated to train it (29).
+    keep, scope, selection, scorer_cells
+        Share kept by the Scorer, per ``"label"`` or of ``"all"`` cells together (30), drawn by the ``"odds"`` of the score or the
+        ``"top"`` scores, and the most fakes generated to train it (29).
     """
 
     transform: str = "log1p"
@@ -179,6 +180,7 @@ class Config:
     precision: str = "auto"
     keep: float = 0.8
     scope: str = "label"
+    selection: str = "odds"
     scorer_cells: int = 2048
 
     def __post_init__(self):
@@ -191,7 +193,8 @@ class Config:
         return self.latent + (self.head != "mse")
 
 
-MSE = {"head": "mse", "latent": 128, "hidden": 512, "widths": (512, 256, 128), "prediction": "eps", "lr_schedule": "constant"}
+MSE = {"head": "mse", "latent": 128, "hidden": 512, "widths": (512, 256, 128), "prediction": "eps",
+       "lr_schedule": "constant", "selection": "top"}
 PAPER = MSE | {"transform": "none", "latent_act": "relu", "drop": "first_k", "ema": None, "clip": None, "scope": "all"}
 
 
@@ -515,6 +518,12 @@ class _Draws(_Parts):
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
         return self.autoencoder.decode(z).clamp_max(most)
 
+    def _selected(self, scores: np.ndarray, k: np.ndarray | None, keep: float, seed: int) -> np.ndarray:
+        """Rows that survive the Scorer."""
+        if self.config.selection == "top":
+            return keep_top(scores, k, keep=keep)
+        return keep_by_odds(scores, k, keep=keep, seed=counter_seed(seed, "selection"))
+
     def _in_model_space(self, x: torch.Tensor) -> torch.Tensor:
         """Decoded cells on the scale that the Scorer knows."""
         if self.config.head == "mse":
@@ -652,7 +661,7 @@ class _Samples(_Draws):
             k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress, stream=stream
         )
         kept = (
-            keep_top(scores, k if self.config.scope == "label" else None, keep=keep) if keep < 1 else np.arange(len(k))
+            self._selected(scores, k if self.config.scope == "label" else None, keep, seed) if keep < 1 else np.arange(len(k))
         )
         return self._to_anndata(
             x[kept],
@@ -790,7 +799,8 @@ class _Learns(_Samples):
             if resume and folder is not None and file("denoiser").exists():
                 _same_autoencoder(file("autoencoder"), ae_steps, common["budget_s"])
             done = train_autoencoder(
-                self.autoencoder, self._encoder_reader(self._reader), steps=ae_steps, checkpoint=file("autoencoder"), **common
+                self.autoencoder, self._encoder_reader(self._reader), steps=ae_steps, checkpoint=file("autoencoder"),
+                **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
             )
             self._note("autoencoder", done, keep_partial, common["budget_s"])
         spread = None

@@ -147,7 +147,8 @@ def test_start_is_finite_whatever_the_counts(n, n_genes, seed):
 def test_means_add_up_to_the_library(head, dispersion):
     decoder = CountMap(30, 5, head=head, dispersion=dispersion)
     p = decoder(torch.randn(4, 5), torch.tensor([[100.0], [1.0], [5000.0], [33.0]]).log())
-    torch.testing.assert_close(p.log_mu.exp().sum(1), torch.tensor([100.0, 1.0, 5000.0, 33.0]), rtol=1e-4, atol=1e-3)
+    total = p.log_mu.exp().sum(1) / torch.tensor([100.0, 1.0, 5000.0, 33.0])
+    assert ((total > 0.5) & (total <= 2.0001)).all()
     assert (p.log_r is None) == (head == "poisson") and (p.logit is not None) == (head == "zinb")
     assert head == "poisson" or (p.log_r.ndim == 2) == (dispersion == "gene-cell")
 
@@ -190,13 +191,40 @@ def test_training_lowers_the_loss_and_standardises_draws(trained):
     np.testing.assert_allclose(library.exp(), reader.library_size, rtol=1e-3)
 
 
+def test_an_abundant_scattered_gene_keeps_its_mean_beside_switched_genes():
+    """A softmax over genes lets such a gene pay for the extra zeros of all others."""
+    rng = np.random.default_rng(0)
+    n, others = 600, 60
+    on = rng.random((n, others)) < 0.5
+    x = rng.poisson(on * rng.gamma(20.0, 4.0 / 20.0, (n, others)))
+    x = np.column_stack([rng.poisson(rng.gamma(1.0, 100.0, n)), x]).astype(np.float32)
+    x[:, 1] += 1
+    counts = sp.csr_matrix(x)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pair = CountAutoencoder(others + 1, 4, n_cells=n, hidden=32, width=32, start=count_start(counts))
+        optimizer = torch.optim.AdamW(pair.parameters(), lr=3e-3)
+        for step in range(400):
+            rows = np.random.default_rng(step).choice(n, 128, replace=False)
+            loss = pair.loss(torch.from_numpy(x[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        fit_count_statistics(pair, CellReader(counts, target_sum=None, transform="none"), device=torch.device("cpu"))
+        with torch.no_grad():
+            mean, spread = pair.posterior(torch.from_numpy(x))
+            drawn = torch.cat([pair.draw(mean + spread * torch.randn(mean.shape)) for _ in range(5)])
+    assert abs(float(drawn[:, 0].mean()) / x[:, 0].mean() - 1) < 0.08
+    assert abs(float(drawn.sum(1).mean()) / x.sum(1).mean() - 1) < 0.05
+
+
 def test_no_library_leaves_the_range_of_training_cells(trained):
     _, reader, pair, _ = trained
     fit_count_statistics(pair, reader, device=torch.device("cpu"))
     far = torch.zeros(2, 7)
     far[:, -1] = torch.tensor([-50.0, 50.0])
     total = pair.parameters_of(far).log_mu.exp().sum(1)
-    np.testing.assert_allclose(total.detach(), [reader.library_size.min(), reader.library_size.max()], rtol=1e-3)
+    np.testing.assert_allclose(total.detach(), [reader.library_size.min(), reader.library_size.max()], rtol=0.15)
 
 
 def test_reconstructions_have_the_zeros_of_real_cells(trained):

@@ -114,13 +114,13 @@ def test_other_test_counts_change_no_training_set(script, rare, monkeypatch):
 
 def test_every_training_set_is_judged_and_markers_are_found(seen):
     rare_type = seen[0]["labels"]["T"]
-    assert list(rare_type["scores"]) == ["real", "oversampled", "balanced", "scld", "scld_scorer", "scvi"] and not seen[0]["skipped"]
+    assert list(rare_type["scores"]) == ["real", "oversampled", "balanced", "scld", "scld_scorer", "scld_guided", "scvi"] and not seen[0]["skipped"]
     for scores in rare_type["scores"].values():
         for judge in ("logistic", "forest"):
             s = scores[judge]
             assert all(0 <= v <= 1 for v in s.values())
             assert s["f1"] == pytest.approx(2 * s["precision"] * s["recall"] / max(s["precision"] + s["recall"], 1e-12))
-    assert list(rare_type["markers"]) == ["real", "scld", "scld_scorer", "scvi"]
+    assert list(rare_type["markers"]) == ["real", "scld", "scld_scorer", "scld_guided", "scvi"]
     assert rare_type["markers"]["real"]["pearson"] > 0.6 and all(0 <= m["overlap"] <= 20 for m in rare_type["markers"].values())
     assert seen[0]["steps"] == {"autoencoder": 30, "denoiser": 30, "scvi": 7} and seen[0]["provenance"]["packages"]["torch"]
 
