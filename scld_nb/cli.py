@@ -295,7 +295,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in MODEL_DIR.")] = False,
     ae_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: 70 passes, with --head mse as --steps.")
+        int | None, typer.Option(min=1, help="Optimiser steps of the autoencoder; default: 100 passes, with --head mse as --steps.")
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the paper's literal readings.")] = "default",
     fusion: Annotated[str, typer.Option(help="How the condition enters: add, cat, attn or add_input.")] = "add",

@@ -707,8 +707,8 @@ class _Samples(_Draws):
 
 # %% ../nbs/08_model.ipynb #c036
 def count_autoencoder_steps(n_cells: int, batch_size: int = 128) -> int:
-    """Optimiser steps that a count head's autoencoder takes by default: 70 passes over the cells, but 600 to 3,000 steps."""
-    return min(3_000, max(600, round(70 * n_cells / batch_size)))
+    """Optimiser steps that a count head's autoencoder takes by default: 100 passes over the cells, but 600 to 3,000 steps."""
+    return min(3_000, max(600, round(100 * n_cells / batch_size)))
 
 
 class _Learns(_Samples):
@@ -736,7 +736,7 @@ class _Learns(_Samples):
         max_steps
             Optimiser steps of the denoiser; default 6,000, with ``head="mse"`` the paper's 20,000.
         ae_steps
-            Optimiser steps of the autoencoder. Default: 70 passes over the cells, but 600 to 3,000 steps; with ``head="mse"``
+            Optimiser steps of the autoencoder. Default: 100 passes over the cells, but 600 to 3,000 steps; with ``head="mse"``
             as many as ``max_steps`` (decision 28).
         scorer
             Train the Scorer of post-guidance.
