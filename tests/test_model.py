@@ -96,7 +96,7 @@ def test_presets():
         ({"dispersion": "cell"}, "unknown dispersion 'cell'; known: gene-cell, gene"),
         ({"prediction": "x"}, "unknown prediction 'x'; known: eps, v, z0"),
         ({"out_act": "softplus"}, "out_act='softplus' belongs to head='mse'"),
-        ({"fusion": "attn"}, "latent + 1 (for the library size) and e_width in multiples of 8, got 21 and 256"),
+        ({"fusion": "attn"}, "latent + 1 (for the library size) and e_width in multiples of 8, got 31 and 256"),
         ({"pre_guidance": "yes"}, "unknown pre_guidance 'yes'; known: True, False"),
         ({"transform": "sqrt"}, "unknown transform"),
         ({"widht": 3}, "unknown setting 'widht'; known: transform, head"),

@@ -104,7 +104,7 @@ def test_other_test_counts_change_no_training_set(script, rare, monkeypatch):
     for cells in (rare, other):
         found = script.run(cells, "cell_type", 1, steps=2, ae_steps=2, sampling_steps=2, scvi_steps=2, settings=SMALL | {"scorer_cells": 64})
     half = len(given) // 2
-    assert half == 5 + ("scvi" not in found["skipped"]) and len(given) == 2 * half
+    assert half == 6 + ("scvi" not in found["skipped"]) and len(given) == 2 * half
     for mine, theirs in zip(given[:half], given[half:], strict=True):
         assert np.array_equal(mine[0], theirs[0]) and np.array_equal(mine[1], theirs[1])
     sizes = [pd.Series(y).value_counts() for _, y, _ in given[:half]]
