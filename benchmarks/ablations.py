@@ -4,16 +4,14 @@
 
 The test cells of the default split are laid aside and never looked at; the rest is split again, into cells to fit and cells to judge by.
 Rows of the decoder redraw fitted cells from the encoder's posterior, without any diffusion; rows of the denoiser share one autoencoder;
-rows of sampling share one model. Small by design (--genes most variable ones, --cells at most): the rows are compared with each other.
+rows of sampling share one model. Small by design (--genes most variable ones, --most cells to fit): the rows are compared with each other.
 One file per seed in results/<set>/ablations/, with provenance; seeds finished with the same options are reused.
-nbs/50_ablations.ipynb reads them.
 """
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from scipy import sparse
 
 from scld_nb import data
 from scld_nb.data import InputError
-from scld_nb.experiments import project_root, provenance, write_json
+from scld_nb.experiments import project_root, provenance, reuse_json
 from scld_nb.metrics import mmd, mmd_bandwidth, rf_auc
 from scld_nb.model import SCLD, make_config
 from scld_nb.suite import joint_components, memorisation, precision_recall, variable_genes
@@ -62,14 +60,9 @@ SAMPLING = {
 }
 
 
-def normalised(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    total = np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
-    return sparse.csr_matrix(sparse.diags(20_000 / total) @ counts, dtype=np.float32)
-
-
 def judge(real: sparse.csr_matrix, drawn: sparse.csr_matrix, fitted: sparse.csr_matrix, trees: int, seed: int) -> dict[str, float]:
     """What tells ``drawn`` from ``real``: two cell-by-gene matrices of counts with equally many rows."""
-    a, b, c = (normalised(x) for x in (real, drawn, fitted))
+    a, b, c = (data.library_normalize(x) for x in (real, drawn, fitted))
     la, lb, lc = a.log1p(), b.log1p(), c.log1p()
     close = precision_recall(*joint_components(la, lb))
     return {
@@ -97,7 +90,7 @@ def cut(cells: AnnData, genes: int, most: int, seed: int = 0) -> tuple[AnnData, 
     rest, _ = data.default_split(cells)
     fit, validation = data.split(rest, test_size=0.2, seed=seed)
     fit = fit[np.sort(np.random.default_rng(seed).permutation(fit.n_obs)[:most])]
-    keep = variable_genes(normalised(data.counts_matrix(fit)).log1p(), genes)
+    keep = variable_genes(data.library_normalize(data.counts_matrix(fit)).log1p(), genes)
     return fit[:, keep].copy(), validation[:, keep].copy()
 
 
@@ -150,15 +143,13 @@ def main(argv: list[str] | None = None) -> int:
         cells = data.load(given.cells, labels=given.labels)
         about = cells.uns["scld_data"]
         folder = (given.root or project_root()) / "results" / str(about["name"]) / "ablations"
-        asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")} | {"data_sha256": str(about["sha256"])}
+        asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")}
+        asked |= {"data_sha256": str(about["sha256"]), "config": asdict(make_config()), "rows": [DECODER, DENOISER, SAMPLING]}
         for seed in given.seeds:
-            file = folder / f"seed{seed}.json"
-            if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-                print(f"{about['name']}, seed {seed}", flush=True)
-                rows = run(cells, str(about["labels_key"]), seed, given)
-                write_json(file, {"format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed, "asked": asked,
-                                  "rows": rows, "provenance": provenance(torch.device("cpu"))})
-            print(f"{file.name}: done", flush=True)
+            print(f"{about['name']}, seed {seed}", flush=True)
+            reuse_json(folder / f"seed{seed}.json", asked, lambda seed=seed: {
+                "format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed,
+                "rows": run(cells, str(about["labels_key"]), seed, given), "provenance": provenance(torch.device("cpu"))})
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ results/<set>/guidance/; seeds finished with the same options, cells and model a
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from scld_nb import data
 from scld_nb.cli import parse_setting
 from scld_nb.data import InputError
 from scld_nb.evaluation import expression
-from scld_nb.experiments import project_root, provenance, write_json
+from scld_nb.experiments import project_root, provenance, reuse_json
 from scld_nb.guidance import check_omega
 from scld_nb.metrics import label_classifier, purity
 from scld_nb.model import SCLD, make_config
@@ -154,11 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         elif (weights := given.model / "weights.safetensors").is_file():
             asked["model_sha256"] = data.file_sha256(weights)
         folder = (given.root or project_root()) / "results" / str(cells.uns["scld_data"]["name"]) / "guidance"
-        asked, files = json.loads(json.dumps(asked)), {seed: folder / f"seed{seed}.json" for seed in given.seeds}
-        for seed, file in files.items():
-            if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-                write_json(file, run(cells, key, seed, given) | {"asked": asked})
-        print(tables([json.loads(file.read_text("utf-8")) for file in files.values()]))
+        print(tables([reuse_json(folder / f"seed{seed}.json", asked, lambda seed=seed: run(cells, key, seed, given)) for seed in given.seeds]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

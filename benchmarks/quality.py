@@ -3,13 +3,14 @@
     python benchmarks/quality.py cells.h5ad --labels cell_type --seeds 0 1 2
 
 Trains one model per seed on the training part, draws as many cells as there are test cells (at most --cells), and writes the whole
-evaluation suite of both draws, with provenance, to results/<set>/quality/. Seeds finished with the same options and cells are reused. Prints the bars at the end.
+evaluation suite of both draws, with provenance, to results/<set>/quality/. Seeds finished with the same options and cells are reused.
+Prints means over seeds beside their controls.
 """
 
 import argparse
-import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scld_nb import data
 from scld_nb.cli import parse_setting
 from scld_nb.data import InputError
 from scld_nb.evaluation import evaluate
-from scld_nb.experiments import project_root, provenance, write_json
+from scld_nb.experiments import project_root, provenance, reuse_json
 from scld_nb.model import SCLD, make_config
 
 
@@ -80,20 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
     given = parser.parse_args(argv)
     try:
-        settings, files = dict(map(parse_setting, given.set)), []
-        make_config(**settings)
+        settings = dict(map(parse_setting, given.set))
+        asked = {k: getattr(given, k) for k in ("cells_max", "steps", "ae_steps", "sampling_steps", "trees")}
+        asked |= {"config": asdict(make_config(**settings))}
         cells = data.load(given.cells, labels=given.labels)
         about = cells.uns["scld_data"]
-        folder = (given.root or project_root()) / "results" / str(about["name"]) / "quality"
-        asked = {k: getattr(given, k) for k in ("cells_max", "steps", "ae_steps", "sampling_steps", "trees")}
-        asked = json.loads(json.dumps(asked | {"settings": settings, "data_sha256": str(about["sha256"])}))
-        for seed in given.seeds:
-            file = folder / f"seed{seed}.json"
-            files.append(file)
-            if not file.exists() or json.loads(file.read_text("utf-8")).get("asked") != asked:
-                write_json(file, run(cells, str(about["labels_key"]), seed, given, settings) | {"asked": asked})
-            print(f"seed {seed}: {file.name}", flush=True)
-        print(bars([json.loads(file.read_text("utf-8")) for file in files]))
+        key, folder = str(about["labels_key"]), (given.root or project_root()) / "results" / str(about["name"]) / "quality"
+        asked |= {"labels": key, "data_sha256": str(about["sha256"])}
+        print(bars([reuse_json(folder / f"seed{seed}.json", asked, lambda seed=seed: run(cells, key, seed, given, settings)) for seed in given.seeds]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

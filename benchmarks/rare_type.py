@@ -13,6 +13,7 @@ import importlib.util
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import anndata as ad
@@ -27,7 +28,7 @@ from scld_nb import data
 from scld_nb.baselines.scvi import ScVI
 from scld_nb.cli import parse_setting
 from scld_nb.experiments import project_root, provenance, write_json
-from scld_nb.model import SCLD
+from scld_nb.model import SCLD, make_config
 from scld_nb.suite import variable_genes
 
 TIMES, LARGEST, TEST_SIZE, MIN_TRAIN, MIN_TEST, N_GENES, N_MARKERS, N_TREES, GUIDED = 10, 0.02, 0.3, 10, 3, 2000, 20, 300, 1.0
@@ -182,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         cells = data.load(given.cells, labels=given.labels)
         facts = cells.uns["scld_data"]
         options = {k: getattr(given, k) for k in ("steps", "ae_steps", "sampling_steps", "scvi_steps", "omega")} | {"settings": dict(map(parse_setting, given.set))}
-        asked = json.loads(json.dumps(options | {"labels_key": str(facts["labels_key"]), "data_sha256": str(facts["sha256"])}))
+        asked = json.loads(json.dumps(options | {"labels_key": str(facts["labels_key"]), "data_sha256": str(facts["sha256"]),
+                                                 "config": asdict(make_config(**options["settings"]))}))
         for seed in given.seeds:
             file = (given.output or project_root() / "results" / str(facts["name"]) / "rare_type") / f"seed{seed}.json"
             if not usable(file, asked):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'DISPERSIONS', 'GAIN', 'CountStart', 'count_start', 'CountParameters', 'count_nll', 'CountRound', 'CountMap',
-           'draw_counts', 'CountAutoencoder', 'expected_counts', 'calibrate_means', 'fit_count_statistics']
+           'expected_counts', 'draw_counts', 'CountAutoencoder', 'calibrate_means', 'fit_count_statistics']
 
 # %% ../nbs/01_counts.ipynb #c003
 import math
@@ -282,6 +282,13 @@ class CountMap(nn.Module):
         )
 
 # %% ../nbs/01_counts.ipynb #c030
+def expected_counts(parameters: CountParameters) -> torch.Tensor:
+    """Means of the counts that `draw_counts` draws, outliers included, ``(n, n_genes)``."""
+    log_mu, _, logit, outlier, outlier_mean = parameters
+    mean = log_mu.exp() if logit is None else log_mu.exp() * torch.sigmoid(-logit)
+    return mean if outlier is None else torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
+
+
 def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """Counts from their distribution.
 
@@ -369,21 +376,13 @@ class CountAutoencoder(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Expected counts, outliers aside, ``(n, n_genes)``."""
-        log_mu, _, logit, *_ = self.parameters_of(z)
-        return log_mu.exp() if logit is None else log_mu.exp() * torch.sigmoid(-logit)
+        return expected_counts(self.parameters_of(z)._replace(outlier=None))
 
     def draw(self, z: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """Counts drawn from standardised ``(n, d + 1)``, whole numbers, ``(n, n_genes)``."""
         return draw_counts(self.parameters_of(z), generator=generator)
 
 # %% ../nbs/01_counts.ipynb #c037
-def expected_counts(parameters: CountParameters) -> torch.Tensor:
-    """Means of the counts that `draw_counts` draws, outliers included, ``(n, n_genes)``."""
-    log_mu, _, logit, outlier, outlier_mean = parameters
-    mean = log_mu.exp() if logit is None else log_mu.exp() * torch.sigmoid(-logit)
-    return mean if outlier is None else torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
-
-
 def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device: torch.device, size: int = 1024) -> torch.Tensor:
     """Move the offset of each gene so that drawn training cells hold as many of its counts as were counted.
 

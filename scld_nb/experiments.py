@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', 'HEAD', 'GENES', 'LARGEST_MMD', 'SCORED',
            'METHODS', 'COUNTED', 'TABLE5_METHODS', 'FIGURE4_METHODS', 'FUSION_NAMES', 'PAPER_TABLE3', 'PAPER_TABLE4',
-           'PAPER_TABLE5', 'project_root', 'write_json', 'write_text', 'provenance', 'trained_model', 'Budget',
-           'read_budget', 'default_methods', 'variable_genes', 'Study', 'table3', 'competitor_cost', 'read_results',
-           'summarise', 'mean_sd', 'verdict', 'paper_beside', 'ablation', 'table4', 'figure5', 'table5',
+           'PAPER_TABLE5', 'project_root', 'write_json', 'write_text', 'reuse_json', 'provenance', 'trained_model',
+           'Budget', 'read_budget', 'default_methods', 'variable_genes', 'Study', 'table3', 'competitor_cost',
+           'read_results', 'summarise', 'mean_sd', 'verdict', 'paper_beside', 'ablation', 'table4', 'figure5', 'table5',
            'table5_beside', 'figure4', 'figure4_table', 'draw_figure4', 'draw_table3', 'check_parameters', 'choose',
            'scratch_root']
 
@@ -69,6 +69,14 @@ def write_text(path: str | Path, text: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def reuse_json(path: str | Path, asked: dict, make: Callable[[], dict]) -> dict:
+    """The record in a result file if it was asked for in the same words, else a new one, written there with its ``asked``."""
+    path, asked = Path(path), json.loads(json.dumps(asked, default=_plain))
+    if not path.exists() or json.loads(path.read_text("utf-8")).get("asked") != asked:
+        write_json(path, make() | {"asked": asked})
+    return json.loads(path.read_text("utf-8"))
 
 
 def _plain(value):

@@ -343,3 +343,16 @@ def test_table5_says_which_cluster_is_missing_and_why(study, tmp_path, monkeypat
     assert table.loc["cscGAN", "cluster 2 log1p"] == "–" and table.loc["cscGAN", "cluster 1 log1p"] != "–"
     assert table.loc["cscGAN", "note"] == "2 of 1,000,000 steps; cluster 2: ACTINN gave label 2 to 0 of 10000 prior draws"
     assert table.loc["SCLD †", "note"] == "8 of 40,000 steps"
+
+
+def test_a_result_is_reused_only_for_the_same_question(tmp_path):
+    file, made = tmp_path / "deep" / "seed0.json", []
+
+    def make() -> dict:
+        made.append(1)
+        return {"value": len(made)}
+
+    asked = {"widths": (256, 128), "steps": np.int64(3)}
+    assert [ex.reuse_json(file, asked, make)["value"] for _ in range(2)] == [1, 1]
+    assert ex.reuse_json(file, asked | {"steps": 4}, make)["value"] == 2
+    assert [p.name for p in file.parent.iterdir()] == ["seed0.json"]
