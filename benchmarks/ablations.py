@@ -57,6 +57,8 @@ SAMPLING = {
     "Scorer, top 80 %": {"keep": 0.8, "selection": "top"},
     "20 ancestral steps": {"sampling_steps": 20},
     "20 steps, DPM-Solver++": {"sampling_steps": 20, "sampler": "dpm++"},
+    "20 steps, stochastic DPM-Solver++": {"sampling_steps": 20, "sampler": "sde-dpm++"},
+    "10 steps, stochastic DPM-Solver++": {"sampling_steps": 10, "sampler": "sde-dpm++"},
 }
 
 

@@ -23,7 +23,6 @@ from scld_nb.experiments import project_root, provenance, reuse_json
 from scld_nb.model import SCLD, make_config
 
 
-
 def run(cells, key: str, seed: int, given: argparse.Namespace, settings: dict) -> dict:
     """Train, draw as many cells as there are test cells, with and without the Scorer, and evaluate both."""
     train, test = data.default_split(cells)

@@ -609,7 +609,7 @@ class _Samples(_Draws):
             Guidance weight in [-1, 3]: -1 ignores labels ("holistic"), 0 is the plain conditional model, above 0 is
             tighter and less diverse (Eq. 13).
         sampler, sampling_steps
-            ``"ddpm"`` (Algorithm 2), ``"ddim"`` or ``"dpm++"``; steps default to the T of training.
+            ``"ddpm"`` (Algorithm 2), ``"ddim"``, ``"dpm++"`` or ``"sde-dpm++"``; steps default to the T of training.
         keep
             Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
             switches selection off.

@@ -401,7 +401,7 @@ def test_space_needed_is_enough(trained, files, tmp_path, monkeypatch):
         ("-n 5 -o x.h5ad --omega 3.5", "omega must lie in [-1, 3]"),
         ("-n 5 -o x.h5ad --omega -1.5", "omega must lie in [-1, 3]"),
         ("-n 5 -o x.h5ad --omega nan", "omega must lie in [-1, 3]"),
-        ("-n 5 -o x.h5ad --sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+        ("-n 5 -o x.h5ad --sampler euler", "unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++"),
         ("-n 5 -o x.h5ad --sampling-steps 0", "sampling_steps must be a whole number of at least 1"),
         ("-n 5 -o x.h5ad --sampling-steps 21", "sampling_steps must lie in 1..20"),
         ("-n 5 -o x.h5ad --keep 0", "keep must lie in (0, 1], got 0"),

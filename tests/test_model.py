@@ -32,6 +32,7 @@ from scld_nb.model import (
     proportional,
     read_labels,
 )
+from scld_nb.sampling import SAMPLERS
 from scld_nb.scorer import n_to_generate
 
 
@@ -497,7 +498,7 @@ def test_stream_changes_nothing(tiny_model, options):
 
 def test_samplers_and_steps(tiny_model):
     drawn = {
-        s: tiny_model.sample(20, sampler=s, sampling_steps=5, keep=1, progress=False) for s in ("ddpm", "ddim", "dpm++")
+        s: tiny_model.sample(20, sampler=s, sampling_steps=5, keep=1, progress=False) for s in SAMPLERS
     }
     assert drawn["ddim"].uns["scld"]["steps"] == 5 and drawn["ddim"].uns["scld"]["sampler"] == "ddim"
     assert all(np.isfinite(d.X.data).all() for d in drawn.values())
@@ -533,7 +534,7 @@ def test_the_scorer_keeps_the_best_of_each_label(tiny_model):
         ({"omega": -1.01}, "omega must lie in [-1, 3]"),
         ({"omega": 3.01}, "omega must lie in [-1, 3]"),
         ({"omega": float("nan")}, "omega must lie in [-1, 3]"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++"),
         ({"sampling_steps": 0}, "sampling_steps must be a whole number of at least 1, got 0"),
         ({"sampling_steps": 21}, "sampling_steps must lie in 1..20, got 21"),
         ({"keep": 0}, "keep must lie in (0, 1], got 0"),

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py and benchmarks/ablations.py at a size where they take seconds."""
+"""benchmarks/quality.py, ablations.py and samplers.py at a size where they take seconds."""
 
 import importlib.util
 import json
@@ -92,7 +92,26 @@ def test_quality_writes_both_draws_beside_their_control(file, tmp_path, capsys):
     assert (tmp_path / "models" / "seed0" / "weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["quality", "ablations"])
+def test_samplers_are_judged_beside_two_reference_draws_of_one_kept_model(file, tmp_path, capsys, monkeypatch):
+    samplers = script_of("samplers")
+    monkeypatch.setattr(samplers, "REFERENCE", ("ddpm", 12))
+    monkeypatch.setattr(samplers, "WAYS", (("sde-dpm++", 3),))
+    argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--steps", "20", "--ae-steps", "20", "--trees", "3", "--cells-max", "60",
+            "--root", str(tmp_path), "--models", str(tmp_path / "models"), "--set", *SETTINGS]
+    assert samplers.main(argv) == 0
+    found = json.loads((tmp_path / "results" / "planted" / "samplers" / "seed0.json").read_text())
+    assert [(r["sampler"], r["steps"]) for r in found["rows"]] == [("ddpm", 12), ("ddpm", 12), ("sde-dpm++", 3)] and found["n"] == 60
+    assert found["rows"][0]["AUC log"] != found["rows"][1]["AUC log"] and 0 < found["rows"][2]["MMD log"] < 2
+    assert "sde-dpm++    3" in capsys.readouterr().out
+    weights = (tmp_path / "models" / "seed0" / "weights.safetensors").stat().st_mtime_ns
+    (tmp_path / "results" / "planted" / "samplers" / "seed0.json").unlink()
+    assert samplers.main(argv) == 0 and (tmp_path / "models" / "seed0" / "weights.safetensors").stat().st_mtime_ns == weights
+    again = json.loads((tmp_path / "results" / "planted" / "samplers" / "seed0.json").read_text())
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in again["rows"]] == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in found["rows"]]
+
+
+@pytest.mark.parametrize("name", ["quality", "ablations", "samplers"])
 def test_a_wrong_column_is_one_line(name, file, capsys):
     assert script_of(name).main([str(file), "--labels", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

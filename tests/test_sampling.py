@@ -104,11 +104,47 @@ def test_dpmpp_walk_equals_diffusers(steps):
     scheduler.set_timesteps(steps)
     plan, z = SCHEDULE.respace(steps), latents().float()
     assert (scheduler.timesteps + 1).tolist() == plan.timesteps[1:].flip(0).tolist()
-    ours = sample_latents(oracle, SCHEDULE, z.shape, sampler="dpm++", steps=steps, start=z)
+    ours = sample_latents(oracle, SCHEDULE, z.shape, sampler="dpm++", steps=steps, start=z, spacing="time")
     theirs = z
     for t in scheduler.timesteps:
         theirs = scheduler.step(oracle(theirs, torch.full((6,), int(t) + 1)), t, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+def test_stochastic_walk_equals_diffusers(steps):
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="sde-dpmsolver++",
+        solver_order=2, solver_type="midpoint", final_sigmas_type="zero", timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    g = torch.Generator().manual_seed(counter_seed(9, "sampling"))
+    theirs = torch.randn(6, 4, generator=g)
+    for i, t in enumerate(scheduler.timesteps):
+        noise = torch.randn(6, 4, generator=g) if i < steps - 1 else torch.zeros(6, 4)
+        theirs = scheduler.step(oracle(theirs, torch.full((6,), int(t) + 1)), t, theirs, variance_noise=noise).prev_sample
+    ours = sample_latents(oracle, SCHEDULE, (6, 4), seed=9, sampler="sde-dpm++", steps=steps, spacing="time")
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(t=st.integers(2, 40), steps=st.sampled_from([40, 100, 1000]))
+def test_a_stochastic_step_without_memory_is_the_posterior(t, steps):
+    """With one prediction of z0, the first-order stochastic step draws from q(z_{t-1} | z_t, z0), as DDPM with its small variance."""
+    plan, z, eps, noise = SCHEDULE.respace(steps), latents(), latents(seed=5), latents(seed=8)
+    z0 = plan.predict_z0(z, t, eps)
+    expected = plan.posterior_mean(z0, z, t) + float(plan.posterior_variance[t]) ** 0.5 * noise
+    torch.testing.assert_close(dpmpp_step(plan, z, t, z0, None, noise), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_solvers_on_even_log_snr_hit_the_law(steps):
+    n = 40_000
+    for sampler in ("dpm++", "sde-dpm++"):
+        z = sample_latents(oracle, SCHEDULE, (n, 1), sampler=sampler, steps=steps)
+        assert abs(float(z.mean()) - M) < 4 * S / n**0.5 + 0.005
+        assert abs(float(z.std()) - S) < (0.045 if steps == 10 else 0.02)
+        coarse = sample_latents(oracle, SCHEDULE, (n, 1), sampler=sampler, steps=steps, spacing="time")
+        assert abs(float(z.std()) - S) < abs(float(coarse.std()) - S)
 
 
 def test_dpmpp_step_is_the_papers_formula():
@@ -196,7 +232,7 @@ def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order():
     z_T = latents(200, 1).float()
 
     def error(name, n):
-        return (sample_latents(oracle, SCHEDULE, z_T.shape, sampler=name, steps=n, start=z_T) - exact_flow(z_T)).abs().max().item()
+        return (sample_latents(oracle, SCHEDULE, z_T.shape, sampler=name, steps=n, start=z_T, spacing="time") - exact_flow(z_T)).abs().max().item()
 
     errors = {name: [error(name, n) for n in (25, 50, 100)] for name in ("ddim", "dpm++")}
     assert errors["ddim"][2] < 0.06 and errors["dpm++"][2] < 0.006
@@ -227,6 +263,9 @@ def test_noise_comes_from_one_counter_stream():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps, levels", [(4, [1000, 750, 500, 250]), (1, [1000]), (3, [1000, 667, 333])])
 def test_the_network_hears_the_original_step_numbers(sampler, steps, levels):
+    if sampler.endswith("dpm++"):
+        levels = SCHEDULE.respace(steps, spacing="logsnr").timesteps[1:].flip(0).tolist()
+
     heard, done = [], []
 
     def listening(z, t):
@@ -249,14 +288,15 @@ def test_start_replaces_the_draw(sampler):
     start = torch.full((3, 2), 0.3)
     z = sample_latents(oracle, SCHEDULE, (3, 2), sampler=sampler, steps=5, start=start)
     assert (start == 0.3).all()
-    if sampler != "ddpm":
+    if sampler in ("ddim", "dpm++"):
         assert torch.allclose(z, z[:1].expand_as(z))                  # nothing random is left
     else:
         assert not torch.allclose(z, z[:1].expand_as(z))
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++"),
+    ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddpm, ddim, dpm++, sde-dpm++"),
+    ({"spacing": "cosine", "steps": 3}, "unknown spacing 'cosine'; known: time, logsnr"),
     ({"variance": "learned"}, "unknown variance 'learned'; known: fixed_large, fixed_small"),
     ({"steps": 0}, "sampling steps must lie in 1..1000, got 0"),
     ({"steps": 1001}, "sampling steps must lie in 1..1000, got 1001")])

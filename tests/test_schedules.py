@@ -235,6 +235,25 @@ def test_every_number_of_steps_can_be_had(T):
         assert len(keep) == steps + 1 and (keep.diff() >= 1).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(betas_lists, st.data())
+def test_respace_by_ratio_keeps_different_levels_and_the_last_one(betas, data):
+    s = make(betas)
+    steps = data.draw(st.integers(1, s.T))
+    keep = s.respace(steps, spacing="logsnr", smallest=data.draw(st.floats(0.0, 2.0))).timesteps
+    assert len(keep) == steps + 1 and keep[0] == 0 and keep[-1] == s.T and (keep.diff() >= 1).all()
+
+
+def test_respace_by_ratio_is_even_in_log_snr_and_starts_at_the_smallest_noise():
+    s = linear_schedule()
+    for steps, smallest in ((10, 0.1), (20, 0.1), (25, 0.05)):
+        short = s.respace(steps, spacing="logsnr", smallest=smallest)
+        jumps = short.snr.log().diff()
+        assert float((jumps / jumps.mean() - 1).abs().max()) < 0.1
+        noise = (1 - s.alpha_bar).sqrt()
+        assert noise[short.timesteps[1]] >= smallest > noise[short.timesteps[1] - 1]
+
+
 def test_respace_rounds_to_the_nearest_step():
     assert linear_schedule(10).respace(3).timesteps.tolist() == [0, 3, 7, 10]
     assert linear_schedule(1000).respace(4).timesteps.tolist() == [0, 250, 500, 750, 1000]
@@ -263,6 +282,7 @@ def test_respace_to_all_steps_is_the_schedule_itself():
     (lambda: linear_schedule(10, beta_T=2.0), "to 2"),
     (lambda: linear_schedule(10).respace(0), r"1\.\.10, got 0"),
     (lambda: linear_schedule(10).respace(11), r"1\.\.10, got 11"),
+    (lambda: linear_schedule(10).respace(5, spacing="log"), "unknown spacing 'log'; known: time, logsnr"),
     (lambda: linear_schedule(10).posterior_mean(torch.zeros(1, 2), torch.zeros(1, 2), 0), r"1\.\.10, got 0"),
     (lambda: linear_schedule(10).posterior_mean(torch.zeros(1, 2), torch.zeros(1, 2), 11), r"1\.\.10, got 11"),
 ])
