@@ -55,10 +55,10 @@ SAMPLING = {
     "omega -1": {"omega": -1.0},
     "Scorer, 80 % by odds": {"keep": 0.8},
     "Scorer, top 80 %": {"keep": 0.8, "selection": "top"},
-    "20 ancestral steps": {"sampling_steps": 20},
-    "20 steps, DPM-Solver++": {"sampling_steps": 20, "sampler": "dpm++"},
-    "20 steps, stochastic DPM-Solver++": {"sampling_steps": 20, "sampler": "sde-dpm++"},
-    "10 steps, stochastic DPM-Solver++": {"sampling_steps": 10, "sampler": "sde-dpm++"},
+    "10 steps": {"sampling_steps": 10},
+    "20 steps, DPM-Solver++": {"sampler": "dpm++", "sampling_steps": 20},
+    "20 ancestral steps": {"sampler": "ddpm", "sampling_steps": 20},
+    "100 ancestral steps": {"sampler": "ddpm", "sampling_steps": 100},
 }
 
 
@@ -112,7 +112,7 @@ def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[
     def fitted_model(autoencoder: SCLD | None = None, scorer: bool = False, denoiser: float = 1.0, ae_share: float = 1.0, **settings) -> SCLD:
         model = SCLD(fit, key, seed=seed, **settings)
         return model.train(max(1, round(denoiser * given.steps)), ae_steps=max(1, round(ae_share * given.ae_steps)), autoencoder=autoencoder, scorer=scorer,
-                           sampling_steps=100, progress=False)
+                           progress=False)
 
     for name, change in DECODER.items():
         began = time.perf_counter()
@@ -123,11 +123,11 @@ def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[
         began, change = time.perf_counter(), dict(change)
         model = fitted_model(base, scorer=name == "default", denoiser=change.pop("share", 1.0), **change)
         whole = model if name == "default" else whole
-        note("denoiser", name, data.counts_matrix(model.sample(n, keep=1.0, sampling_steps=100, seed=seed, progress=False)), began)
+        note("denoiser", name, data.counts_matrix(model.sample(n, keep=1.0, seed=seed, progress=False)), began)
     for name, change in SAMPLING.items():
         began, change = time.perf_counter(), dict(change)
         whole.config = replace(whole.config, selection=change.pop("selection", "odds"))
-        drawn = whole.sample(n, **({"keep": 1.0, "sampling_steps": 100, "seed": seed + 1, "progress": False} | change))
+        drawn = whole.sample(n, **({"keep": 1.0, "seed": seed + 1, "progress": False} | change))
         note("sampling", name, data.counts_matrix(drawn), began)
     return rows
 

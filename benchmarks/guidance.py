@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--omegas", type=float, nargs="+", default=list(OMEGAS))
     for name, default, what in (("--global-cells", 5000, "cells of the global control, at least as many as test cells (default 5000)"),
-                                ("--steps", None, "of the denoiser"), ("--ae-steps", None, "of the autoencoder"), ("--sampling-steps", 100, "")):
+                                ("--steps", None, "of the denoiser"), ("--ae-steps", None, "of the autoencoder"), ("--sampling-steps", None, "default: the model's own")):
         parser.add_argument(name, type=int, default=default, help=what)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model")
     parser.add_argument("--model", type=Path, help="folder of a model saved by SCLD.save; seeds are then those of drawing only")

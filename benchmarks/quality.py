@@ -43,7 +43,7 @@ def run(cells, key: str, seed: int, given: argparse.Namespace, settings: dict) -
     stages = {k: v for k, v in model.history.items() if "seconds" in v}
     return {"format": 1, "experiment": "quality", "seed": seed, "n_train": train.n_obs, "n_test": test.n_obs, "n_genes": test.n_vars,
             "labels_key": key, "train_labels": {str(k): int(v) for k, v in train.obs[key].value_counts().items()},
-            "sampling_steps": given.sampling_steps, "settings": settings, "steps": {k: v["steps"] for k, v in stages.items()},
+            **{k: drawn.uns["scld"][k] for k in ("sampler", "steps")}, "settings": settings, "train_steps": {k: v["steps"] for k, v in stages.items()},
             "train_seconds": {k: round(v["seconds"], 1) for k, v in stages.items()}, "seconds": round(took, 1),
             "scorer": model.history.get("scorer"), "notes": report.notes, "records": found, "provenance": provenance(model.device)}
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells-max", type=int, default=2000, help="most test cells to compare with")
     parser.add_argument("--steps", type=int, help="of the denoiser")
     parser.add_argument("--ae-steps", type=int, help="of the autoencoder")
-    parser.add_argument("--sampling-steps", type=int, default=100)
+    parser.add_argument("--sampling-steps", type=int, help="default: the model's own")
     parser.add_argument("--trees", type=int, default=100, help="of the forests")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model")
     parser.add_argument("--models", type=Path, help="folder to keep the trained models in, one per seed")

@@ -105,7 +105,7 @@ def compare_markers(train, y, test, y_test, label: str, drawn: dict) -> dict[str
     return found
 
 
-def run(cells: ad.AnnData, key: str, seed: int, *, steps: int | None = None, ae_steps: int | None = None, sampling_steps: int = 100,
+def run(cells: ad.AnnData, key: str, seed: int, *, steps: int | None = None, ae_steps: int | None = None, sampling_steps: int | None = None,
         scvi_steps: int | None = None, omega: float = 0.0, settings: dict | None = None) -> dict:
     """One seed: split, train, and all rare labels; see the top of the file."""
     began = time.perf_counter()
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cells", help=".h5ad with counts, or a known data set")
     parser.add_argument("--labels", metavar="KEY", help="column of obs (default: the set's own, or Louvain clusters)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    for name, default in (("steps", None), ("ae-steps", None), ("sampling-steps", 100), ("scvi-steps", None), ("omega", 0.0)):
+    for name, default in (("steps", None), ("ae-steps", None), ("sampling-steps", None), ("scvi-steps", None), ("omega", 0.0)):
         parser.add_argument(f"--{name}", type=float if name == "omega" else int, default=default)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of SCLD; for trials")
     parser.add_argument("--output", type=Path, help="folder of the files (default results/<set>/rare_type)")

@@ -381,7 +381,9 @@ def sample(
         str | None, typer.Option(help="Cell type to draw; default: all, in the training proportions.")
     ] = None,
     omega: Annotated[float, typer.Option(help="Guidance weight from -1 (labels ignored) over 0 to 3 (tight).")] = 0.0,
-    sampler: Annotated[str, typer.Option(help="ddpm (the paper's), ddim, dpm++ or sde-dpm++.")] = "ddpm",
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm (the paper's), ddim, dpm++ or sde-dpm++; the model's own if not given.")
+    ] = None,
     sampling_steps: Annotated[
         int | None, typer.Option(metavar="S", help="Denoising steps; default: all of the schedule.")
     ] = None,

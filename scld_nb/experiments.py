@@ -350,13 +350,13 @@ class Study:
     def model(self, variant: str, seed: int) -> SCLD:
         """The model of a variant: a fusion, or ``"none"`` for training without pre-guidance. All share the Round/Map of ``"add"``.
 
-        ``"counts"`` is the package's default model with a count head, with its own numbers of steps.
+        ``"counts"`` is the package's default model with a count head, with its own numbers of steps, but sampled as the others are.
         """
         if (variant, seed) not in self._models and variant == "counts":
             own = {k: v for k, v in self.options.items() if k not in ("preset", "latent_act", "out_act", "standardize", "transform", "fusion")}
             self._models[variant, seed], _ = trained_model(
                 self.train, self.labels_key, self.models / f"{variant}-seed{seed}", steps=self.budget.count_steps, ae_steps=self._count_ae_steps, seed=seed, device=self.device,
-                sampling_steps=self.budget.sampling_steps, budget_s=self.budget.budget_s, progress=self.progress, **(own | {"head": "zinb"}))
+                sampling_steps=self.budget.sampling_steps, budget_s=self.budget.budget_s, progress=self.progress, **({"sampler": "ddpm"} | own | {"head": "zinb"}))
         if (variant, seed) not in self._models:
             setting = {"pre_guidance": False} if variant == "none" else {"fusion": variant}
             self._models[variant, seed], _ = trained_model(

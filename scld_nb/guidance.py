@@ -147,6 +147,11 @@ FUSIONS = ("add", "cat", "attn", "add_input")
 PREDICTIONS = ("eps", "v", "z0")
 
 
+def _one_step(t: torch.Tensor) -> bool:
+    """Whether ``t`` is one number expanded to all rows, as samplers pass it."""
+    return t.ndim == 1 and len(t) > 1 and t.stride(0) == 0
+
+
 class Denoiser(nn.Module):
     r"""$\epsilon_\theta(z_t, c_k, t)$: Embed, one of the paper's fusions, and the U-Net.
 
@@ -207,10 +212,17 @@ class Denoiser(nn.Module):
 
     def output(self, z: torch.Tensor, t: torch.Tensor, k: torch.Tensor,
                table: torch.Tensor | None = None) -> torch.Tensor:
-        """What the network says, in the terms of ``prediction``; arguments and shape as in `forward`."""
-        e = (self.embed() if table is None else table)[k]
+        """What the network says, in the terms of ``prediction``; arguments and shape as in `forward`.
+
+        Where all rows are at one step (``t`` expanded from one number), time and condition are embedded once per condition.
+        """
+        table = self.embed() if table is None else table
+        if self.fusion == "add" and _one_step(t) and len(table) < len(t):
+            return self.unet.body(z, self.unet.shifts(t[:1], self.fuse(table))[k])
+        e = table[k]
         if self.fusion == "add":
             return self.unet(z, t, self.fuse(e))
+        t = t[:1] if _one_step(t) else t
         if self.fusion == "cat":
             return self.unet(torch.cat([z, e.to(z.dtype)], dim=1), t)
         if self.fusion == "attn":
@@ -296,6 +308,7 @@ def guided_eps(denoiser: Denoiser, z: torch.Tensor, t: torch.Tensor, k: torch.Te
         return denoiser(z, t, every, table)
     if omega == 0:
         return denoiser(z, t, k, table)
-    both = denoiser(torch.cat([z, z]), torch.cat([t, t]), torch.cat([k, every]), table)
+    twice = t[:1].expand(2 * len(t)) if _one_step(t) else torch.cat([t, t])
+    both = denoiser(torch.cat([z, z]), twice, torch.cat([k, every]), table)
     eps_k, eps_all = both.chunk(2)
     return (1.0 + omega) * eps_k - omega * eps_all

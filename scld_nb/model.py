@@ -30,7 +30,7 @@ from .autoencoder import Autoencoder, encode_cells, fit_latent_statistics
 from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count_statistics
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
-from .sampling import SAMPLERS, VARIANCES, guided_sampler, sample_latents
+from .sampling import SAMPLERS, VARIANCES, default_steps, guided_sampler, sample_latents
 from .schedules import linear_schedule
 from .scorer import SELECTIONS, Scorer, bounded_queue, keep_by_odds, keep_top, n_to_generate, train_scorer
 from scld_nb.training import (
@@ -60,6 +60,7 @@ CHOICES = {
     "standardize": ("dimension", "none"),
     "fusion": FUSIONS,
     "drop": ("random", "first_k"),
+    "sampler": SAMPLERS,
     "variance": VARIANCES,
     "precision": PRECISIONS,
     "scope": ("label", "all"),
@@ -136,6 +137,8 @@ class Config:
         Share of every batch on the global condition and how it is chosen (18).
     T, beta_1, beta_T, variance
         Noise schedule and sampling variance (11, 15).
+    sampler
+        What `SCLD.sample` takes if nobody says: ``"sde-dpm++"`` with 20 steps, with ``head="mse"`` the paper's ``"ddpm"`` with all T.
     widths, dropout
         U-Net (25, 26).
     batch_size, lr, lr_schedule, weight_decay, ema, clip
@@ -169,6 +172,7 @@ class Config:
     beta_1: float = 1e-4
     beta_T: float = 0.02
     variance: str = "fixed_large"
+    sampler: str = "sde-dpm++"
     widths: tuple[int, ...] = (256, 128)
     dropout: float = 0.1
     batch_size: int = 128
@@ -194,7 +198,7 @@ class Config:
 
 
 MSE = {"head": "mse", "latent": 128, "hidden": 512, "widths": (512, 256, 128), "prediction": "eps",
-       "lr_schedule": "constant", "selection": "top"}
+       "lr_schedule": "constant", "selection": "top", "sampler": "ddpm"}
 PAPER = MSE | {"transform": "none", "latent_act": "relu", "drop": "first_k", "ema": None, "clip": None, "scope": "all"}
 
 
@@ -492,9 +496,11 @@ class _Draws(_Parts):
         """Scale of delivered cells, as `scld_nb.evaluation.expression` reads it."""
         return SCALES[self.config.transform] if self.config.head == "mse" else "counts"
 
-    def _steps(self, sampling_steps: int | None) -> int:
-        """Denoising steps: those asked for, or all."""
-        steps = self.schedule.T if sampling_steps is None else _whole("sampling_steps", sampling_steps)
+    def _steps(self, sampling_steps: int | None, sampler: str | None = None) -> int:
+        """Denoising steps: those asked for, or the sampler's own number."""
+        if sampling_steps is None:
+            return default_steps(sampler or self.config.sampler, self.schedule.T)
+        steps = _whole("sampling_steps", sampling_steps)
         if steps > self.schedule.T:
             raise InputError(f"sampling_steps must lie in 1..{self.schedule.T}, got {steps}")
         return steps
@@ -537,7 +543,7 @@ class _Draws(_Parts):
         omega: float,
         *,
         seed: int,
-        sampler: str = "ddpm",
+        sampler: str | None = None,
         steps: int | None = None,
         size: int = 1024,
         show: bool | None = None,
@@ -546,7 +552,8 @@ class _Draws(_Parts):
     ) -> tuple[sparse.csr_matrix, np.ndarray]:
         """Cells (counts, or in model space) and scores; batches are decoded and scored while the next ones are sampled."""
         c, starts, stop = self.config, range(0, len(k), size), threading.Event()
-        bar = progress_bar(len(starts) * (steps or self.schedule.T), desc, show=show)
+        sampler, steps = sampler or c.sampler, self._steps(steps, sampler)
+        bar = progress_bar(len(starts) * steps, desc, show=show)
 
         def on_step(_: int) -> None:
             if stop.is_set():  # the consumer is gone: do not finish the batch
@@ -589,7 +596,7 @@ class _Samples(_Draws):
         label: str | None = None,
         *,
         omega: float = 0.0,
-        sampler: str = "ddpm",
+        sampler: str | None = None,
         sampling_steps: int | None = None,
         keep: float | None = None,
         seed: int = 0,
@@ -609,7 +616,8 @@ class _Samples(_Draws):
             Guidance weight in [-1, 3]: -1 ignores labels ("holistic"), 0 is the plain conditional model, above 0 is
             tighter and less diverse (Eq. 13).
         sampler, sampling_steps
-            ``"ddpm"`` (Algorithm 2), ``"ddim"``, ``"dpm++"`` or ``"sde-dpm++"``; steps default to the T of training.
+            ``"ddpm"`` (Algorithm 2), ``"ddim"``, ``"dpm++"`` or ``"sde-dpm++"``; default: the model's own (see `Config`). Steps
+            default to 20 for the last two, to the T of training for the others.
         keep
             Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
             switches selection off.
@@ -644,9 +652,10 @@ class _Samples(_Draws):
         )
         if label is not None and label not in self.labels:
             raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
+        sampler = self.config.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-        steps = self._steps(sampling_steps)
+        steps = self._steps(sampling_steps, sampler)
         if not 0 < keep <= 1:
             raise InputError(f"keep must lie in (0, 1], got {keep}")
         if keep < 1 and "scorer" not in self.history:
@@ -658,7 +667,7 @@ class _Samples(_Draws):
             k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
             k = np.random.default_rng(counter_seed(seed, "order")).permutation(k)
         x, scores = self._generate(
-            k, omega, seed=seed, sampler=sampler, steps=sampling_steps, size=batch_size, show=progress, stream=stream
+            k, omega, seed=seed, sampler=sampler, steps=steps, size=batch_size, show=progress, stream=stream
         )
         kept = (
             self._selected(scores, k if self.config.scope == "label" else None, keep, seed) if keep < 1 else np.arange(len(k))
@@ -746,7 +755,7 @@ class _Learns(_Samples):
         checkpoint_dir, checkpoint_every, resume
             Folder for checkpoints, steps between them, and whether to go on from those found there.
         sampling_steps
-            Steps that draw the fakes the Scorer learns from; all T if not given. Use those you will sample with.
+            Steps that draw the fakes the Scorer learns from, with the model's own sampler. Use those you will sample with.
         budget_s
             Seconds of training, half for Round/Map and half for the denoiser; either stage is over when its steps or its
             seconds are used up. The Scorer is not counted. The machine decides how many steps fit, so two runs differ.

@@ -199,8 +199,9 @@ def combined_auc(
         varies = spread > 1e-6
         if not varies.any():
             return 0.5
-        trees = HistGradientBoostingClassifier(max_bins=48, early_stopping=False, random_state=seed).fit(x_fit[:, :shown], y)
-        score = _standard(trees.decision_function(x_held[:, :shown]))
+        often = np.flatnonzero((x_fit[:, :shown] > 0).sum(axis=0) >= 20)  # no leaf has fewer than 20 cells, so no tree could use the rest
+        trees = HistGradientBoostingClassifier(max_bins=48, early_stopping=False, min_samples_leaf=20, random_state=seed)
+        score = _standard(trees.fit(x_fit[:, often], y).decision_function(x_held[:, often])) if often.size else 0.0
         x_fit, x_held = (np.clip((x[:, varies] - mean[varies]) / spread[varies], -5, 5) for x in (x_fit, x_held))
         ridge = LogisticRegression(C=1e-3, max_iter=300, random_state=seed).fit(x_fit, y)
         score += _standard(ridge.decision_function(x_held))

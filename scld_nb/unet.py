@@ -175,10 +175,16 @@ class UNet(nn.Module):
         -------
         Shape ``(n, d_out)``.
         """
+        return self.body(z, self.shifts(t, extra))
+
+    def shifts(self, t: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+        """What time and condition add inside the blocks, all blocks side by side: shape ``(n, sum(block_widths))``."""
         emb = self.time(timestep_embedding(t, self.time_width).to(self.enter.weight.dtype))
-        if extra is not None:
-            emb = emb + extra
-        embs = iter(self.emb(F.silu(emb)).split(self.block_widths, dim=1))
+        return self.emb(F.silu(emb if extra is None else emb + extra))
+
+    def body(self, z: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """The network behind the embeddings; one row of ``shifts`` serves all rows of ``z``."""
+        embs = iter(shifts.split(self.block_widths, dim=1))
         masks = iter([None] * len(self.block_widths))
         if self.training and self.dropout > 0:
             mask = dropout_mask((z.shape[0], sum(self.block_widths)), self.dropout, z.device)
