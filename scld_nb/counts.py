@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'DISPERSIONS', 'GAIN', 'CountStart', 'count_start', 'CountParameters', 'count_nll', 'CountRound', 'CountMap',
-           'expected_counts', 'draw_counts', 'CountAutoencoder', 'calibrate_means', 'fit_count_statistics']
+           'expected_counts', 'draw_counts', 'CountAutoencoder', 'calibrate_means', 'fit_count_statistics',
+           'fit_count_statistics_on_disk']
 
 # %% ../nbs/01_counts.ipynb #c003
 import math
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import CellReader, InputError
+from .draws import Dropout, draw_rows, dropout
+from .large import DiskReader, Moments, scratch_array
 
 # %% ../nbs/01_counts.ipynb #c009
 HEADS = ("zinb", "nb", "poisson")
@@ -44,30 +47,39 @@ class CountStart(NamedTuple):
     outlier_mean: np.ndarray
 
 
-def count_start(counts: sp.spmatrix) -> CountStart:
+def _robust_sums(x: sp.coo_matrix, library: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Per gene: sum, sum of squares and sum times library of the clipped counts, number and sum of outliers, ``(5, n_genes)``."""
+    expected = shares[x.col] * library[x.row]
+    most = np.ceil(expected + 4.0 * np.sqrt(expected + expected**2) + 4.0)
+    clipped, far = np.minimum(x.data, most), x.data > most
+    weights = ((x.col, clipped), (x.col, clipped**2), (x.col, clipped * library[x.row]), (x.col[far], None), (x.col[far], x.data[far]))
+    return np.stack([np.bincount(columns, values, len(shares)) for columns, values in weights])
+
+
+def count_start(counts: sp.spmatrix | DiskReader) -> CountStart:
     """Shares, dispersion and outliers of each gene by robust moments of training cells.
 
     Parameters
     ----------
     counts
-        Training cells, sparse, ``(n_cells, n_genes)``.
+        Training cells, sparse, ``(n_cells, n_genes)``, or on disk: these are read once more, slice by slice.
     """
-    x = sp.coo_matrix(counts, dtype=np.float64)
-    n_cells, n_genes = x.shape
-    library = np.asarray(x.sum(1)).ravel()
-    shares = np.asarray(x.sum(0)).ravel() / library.sum()
-    expected = shares[x.col] * library[x.row]
-    most = np.ceil(expected + 4.0 * np.sqrt(expected + expected**2) + 4.0)
-    clipped, far = np.minimum(x.data, most), x.data > most
-    total = np.bincount(x.col, clipped, n_genes)
+    if isinstance(counts, DiskReader):
+        n_cells, library = counts.n_obs, counts.library_size
+        shares = counts.gene_sums / library.sum()
+        sums = sum(_robust_sums(part.astype(np.float64).tocoo(), library[rows], shares) for rows, part in counts.counts.slices())
+    else:
+        x = sp.coo_matrix(counts, dtype=np.float64)
+        n_cells, library = x.shape[0], np.asarray(x.sum(1)).ravel()
+        shares = np.asarray(x.sum(0)).ravel() / library.sum()
+        sums = _robust_sums(x, library, shares)
+    total, square, cross, seen, height = sums
     p = total / library.sum()
     scale = np.maximum(p**2 * (library**2).sum(), 1e-12)
-    square, cross = np.bincount(x.col, clipped**2, n_genes), np.bincount(x.col, clipped * library[x.row], n_genes)
     over = (square - 2.0 * p * cross - total) / scale + 1.0
     trust = total / (total + 50.0)
     typical = np.median(over[total > 200]) if (total > 200).any() else 0.1
     log_r = np.clip(-np.log(np.maximum(trust * over + (1.0 - trust) * typical, 1e-3)), -3.0, 5.0)
-    seen, height = np.bincount(x.col[far], minlength=n_genes), np.bincount(x.col[far], x.data[far], n_genes)
     outlier_mean = np.log((height + 0.5 * (10.0 * shares * library.mean() + 10.0)) / (seen + 0.5))
     outlier = np.clip(np.log((seen + 0.002) / n_cells), -14.0, -4.5)
     return CountStart(*(part.astype(np.float32) for part in (shares, log_r, outlier, outlier_mean)))
@@ -173,7 +185,7 @@ def _layers(n_in: int, hidden: int, n_out: int, dropout: float) -> nn.Sequential
     """Two hidden layers with normalisation, SiLU and dropout, and a linear end."""
     steps: list[nn.Module] = []
     for a, b in ((n_in, hidden), (hidden, hidden)):
-        steps += [nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU(), nn.Dropout(dropout)]
+        steps += [nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU(), Dropout(dropout)]
     return nn.Sequential(*steps, nn.Linear(hidden, n_out))
 
 
@@ -198,7 +210,7 @@ class CountRound(nn.Module):
         """Counts ``(n, n_genes)`` to mean and log-variance, each ``(n, d)``."""
         flat = x.reshape(-1)
         stored = flat.nonzero().squeeze(1)
-        values = F.dropout(flat[stored].log1p(), self.input_dropout, self.training)
+        values = dropout(flat[stored].log1p(), self.input_dropout, self.training, entries=True)
         seen = torch.zeros_like(flat).index_put((stored,), values).view_as(x)
         mean, log_var = self.net(seen).float().chunk(2, dim=1)
         return mean, (log_var - 1.0).clamp(-8.0, 4.0)
@@ -352,7 +364,7 @@ class CountAutoencoder(nn.Module):
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         """Nats per count entry of a batch: likelihood, weighted divergence and the prior of the loadings; a scalar."""
         mean, log_var = self.round(x)
-        z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape).to(mean.device)
+        z = mean + torch.exp(0.5 * log_var) * draw_rows(len(mean), lambda n: torch.randn(n, mean.shape[1])).to(mean.device)
         nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()))
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(dim=1)
         return ((nll + self.kl * kl).mean() + self.map.penalty(self.tau) / self.n_cells) / self.n_genes
@@ -444,3 +456,47 @@ def fit_count_statistics(autoencoder: CountAutoencoder, reader: CellReader, *, d
     autoencoder.latent_std.copy_(std.float())
     autoencoder.library_range.copy_(torch.stack([mean[:, -1].min(), mean[:, -1].max()]).float())
     return ((mean - centre) / std).float(), (spread / std).float()
+
+# %% ../nbs/01_counts.ipynb #c041
+def fit_count_statistics_on_disk(autoencoder: CountAutoencoder, reader: DiskReader, *, device: torch.device, size: int = 1024,
+                                 folder=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fit_count_statistics`, block by block: nothing but the result has one row per cell.
+
+    Parameters
+    ----------
+    autoencoder, device, size
+        As in `fit_count_statistics`.
+    reader
+        Training cells on disk, as counts.
+    folder
+        Where a memory map may lie, see `scld_nb.large.scratch_array`.
+
+    Returns
+    -------
+    As `fit_count_statistics`.
+    """
+    autoencoder.eval()
+    autoencoder.latent_mean.zero_()
+    autoencoder.latent_std.fill_(1.0)
+    calibrate_means(autoencoder, reader, device=device, size=size)
+    width, start = autoencoder.latent_mean.numel(), 0
+    out = scratch_array((reader.n_obs, 2 * width), folder=folder)
+    moments, square, library = Moments(width), np.zeros(width), [math.inf, -math.inf]
+    with torch.no_grad():
+        for block in reader.blocks(size):
+            mean, spread = (part.cpu().numpy() for part in autoencoder.posterior(torch.from_numpy(block).to(device)))
+            out[start:start + len(block)] = np.concatenate([mean, spread], axis=1)
+            moments.add(mean)
+            square += np.square(spread, dtype=np.float64).sum(0)
+            library = [min(library[0], mean[:, -1].min()), max(library[1], mean[:, -1].max())]
+            start += len(block)
+    std = np.sqrt(moments.variance + square / reader.n_obs)
+    std = np.where(std > 1e-6, std, 1.0)
+    for buffer, value in ((autoencoder.latent_mean, moments.mean), (autoencoder.latent_std, std), (autoencoder.library_range, library)):
+        buffer.copy_(torch.tensor(value, dtype=torch.float32))
+    shift, scale = np.concatenate([moments.mean, np.zeros(width)]), np.concatenate([std, std])
+    for start in range(0, reader.n_obs, 65_536):
+        part = slice(start, start + 65_536)
+        out[part] = (out[part] - shift) / scale
+    both = torch.from_numpy(out)
+    return both[:, :width], both[:, width:]

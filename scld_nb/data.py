@@ -345,6 +345,19 @@ def read_dataset(name: str | DatasetInfo, *, path: str | Path | None = None) -> 
     return adata
 
 # %% ../nbs/00_data.ipynb #c031
+def _check_values(values: np.ndarray, slot: str) -> None:
+    """Refuse stored values that are no counts."""
+    mend = "; put raw counts there, or name their layer with layer= (--layer)"
+    if not np.isfinite(values).all():
+        raise InputError(f"{slot} holds NaN or infinite values{mend}")
+    if values.size and values.min() < 0:
+        raise InputError(f"{slot} holds negative values (least {values.min():.3g}): it looks scaled, not counts{mend}")
+    if (broken := values != np.rint(values)).any():
+        what = "log-transformed" if values.max() < 20 else "normalised"
+        raise InputError(f"{slot} holds non-integer values (e.g. {values[broken][0]:.4g}, greatest {values.max():.4g}): "
+                         f"it looks {what}, not counts{mend}")
+
+
 def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_cells: bool = False) -> sp.csr_matrix:
     """The integer counts of an AnnData, checked, as CSR float32; sparse input is never made dense.
 
@@ -384,16 +397,7 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     if not counts.has_canonical_format:
         counts = counts.copy()
         counts.sum_duplicates()
-    values = counts.data
-    mend = "; put raw counts there, or name their layer with layer= (--layer)"
-    if not np.isfinite(values).all():
-        raise InputError(f"{slot} holds NaN or infinite values{mend}")
-    if values.size and values.min() < 0:
-        raise InputError(f"{slot} holds negative values (least {values.min():.3g}): it looks scaled, not counts{mend}")
-    if (broken := values != np.rint(values)).any():
-        what = "log-transformed" if values.max() < 20 else "normalised"
-        raise InputError(f"{slot} holds non-integer values (e.g. {values[broken][0]:.4g}, greatest {values.max():.4g}): "
-                         f"it looks {what}, not counts{mend}")
+    _check_values(counts.data, slot)
     empty = np.flatnonzero(np.asarray(counts.sum(axis=1)).ravel() == 0)
     if empty.size and not allow_empty_cells:
         raise InputError(f"{slot} has {empty.size} cells without a single count, e.g. {adata.obs_names[empty[0]]!r}; "
@@ -484,7 +488,7 @@ class CellReader:
 
     def read_sparse(self, rows) -> sp.csr_matrix:
         """The given cells in model space, still sparse."""
-        rows = np.arange(self.n_obs)[rows] if isinstance(rows, slice) else np.asarray(rows)
+        rows = np.arange(*rows.indices(self.n_obs)) if isinstance(rows, slice) else np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         part = self.counts[rows]
         values = part.data * np.repeat(self._scale[rows], np.diff(part.indptr))

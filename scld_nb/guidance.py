@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import CellReader, InputError
+from .large import DiskReader
 from .unet import UNet
 
 # %% ../nbs/04_guidance.ipynb #c007
@@ -47,6 +48,9 @@ def cluster_means(reader: CellReader, labels: np.ndarray, n_clusters: int) -> np
     labels = np.asarray(labels)
     if labels.shape != (reader.n_obs,):
         raise InputError(f"labels must hold one cluster index per cell, shape ({reader.n_obs},), got {labels.shape}")
+    if isinstance(reader, DiskReader) and (sizes := np.bincount(labels, minlength=n_clusters)).all():
+        sums = reader.group_sums(labels, n_clusters)           # one pass for all clusters, not one for each
+        return np.vstack([sums / sizes[:, None], sums.sum(0) / reader.n_obs]).astype(np.float32)
     means = []
     for k in range(n_clusters):
         rows = np.flatnonzero(labels == k)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import InputError
+from .draws import draw_rows
 
 # %% ../nbs/03_unet.ipynb #c008
 def timestep_embedding(t: torch.Tensor, width: int = 64, *, max_period: float = 10_000.0) -> torch.Tensor:
@@ -187,7 +188,7 @@ class UNet(nn.Module):
         embs = iter(shifts.split(self.block_widths, dim=1))
         masks = iter([None] * len(self.block_widths))
         if self.training and self.dropout > 0:
-            mask = dropout_mask((z.shape[0], sum(self.block_widths)), self.dropout, z.device)
+            mask = draw_rows(len(z), lambda n: dropout_mask((n, sum(self.block_widths)), self.dropout, z.device))
             masks = iter(mask.split(self.block_widths, dim=1))
         h, skips = self.enter(z), []
         for level, blocks in enumerate(self.down):
