@@ -697,3 +697,44 @@ def test_sigkill_at_any_moment_then_resume(files, tmp_path, uninterrupted):
     ]
     assert one["history"]["scorer"] == other["history"]["scorer"] and one["fingerprint"] == other["fingerprint"]
     assert sorted(f.name for f in (tmp_path / "m").iterdir()) == sorted(f.name for f in uninterrupted.iterdir())
+
+
+# ---- the kernel
+
+
+def test_an_installed_kernel_runs_this_python(tmp_path, capsys, monkeypatch):
+    from jupyter_client import KernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    assert main(["kernel", "install", "--prefix", str(tmp_path), "--name", "scld-test", "--gpu", ""]) == 0
+    assert "papermill -k scld-test" in capsys.readouterr().out
+    specs = KernelSpecManager(kernel_dirs=[str(tmp_path / "share" / "jupyter" / "kernels")], ensure_native_kernel=False)
+    assert list(specs.find_kernel_specs()) == ["scld-test"]
+    manager = KernelManager(kernel_name="scld-test", kernel_spec_manager=specs)
+    manager.start_kernel()
+    client = manager.client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        said = []
+        client.execute_interactive("import os, sys, scld_nb; print(sys.executable, repr(os.environ['CUDA_VISIBLE_DEVICES']))", timeout=120,
+                                   output_hook=lambda m: said.append(m["content"].get("text", str(m["content"]))))
+        assert f"{sys.executable} ''" in "".join(said)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("kernel install --prefix k --name a/b", "--name 'a/b' may have letters"),
+    ("kernel install --prefix k --gpu first", "--gpu 'first' must be numbers of GPUs"),
+])
+def test_kernels_that_are_refused(refuse, tmp_path, monkeypatch, line, message):
+    monkeypatch.chdir(tmp_path)
+    assert refuse(line).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_needs_ipykernel(refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel.kernelspec", None)
+    assert "pip install 'scld-nb[notebook]'" in refuse("kernel install --prefix k")
