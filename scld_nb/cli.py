@@ -114,7 +114,7 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 # %% ../nbs/40_cli.ipynb #c017
 def check_folder(folder: Path) -> None:
-    """Make a folder if need be, and try whether a file can be written there.
+    """Try whether a folder can be made, if need be, and a file be written there; nothing stays.
 
     Raises
     ------
@@ -123,12 +123,17 @@ def check_folder(folder: Path) -> None:
     """
     from scld_nb.data import InputError
 
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}); choose another with -o") from None
+    finally:
+        with suppress(OSError):
+            for path in made:  # whoever writes makes it again
+                path.rmdir()
 
 # %% ../nbs/40_cli.ipynb #c018
 def check_output(path: Path) -> None:
@@ -158,6 +163,7 @@ def write_cells(adata: "AnnData", path: Path) -> None:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content.getbuffer())
@@ -223,7 +229,7 @@ def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | N
     else:
         stored = 8 * cells.counts.nnz * min(1.0, kept / cells.n_obs) + 8 * cells.n_obs * model.config.width
     needed = 10 * weights + stored  # a checkpoint is 4 times its part, twice while replaced
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if free < needed:
         raise InputError(
             f"{folder} has {free / 2**20:.0f} MiB free, training needs about {needed / 2**20:.0f} MiB; "
@@ -373,7 +379,7 @@ def train(
     kept = (2 * parts["test"].n_obs if split else 0) if backed else None
     team.on_main(lambda: check_space(output, model, cells, kept))
     say(
-        f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} labels in {key!r}, "
+        f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} label{'s' * (len(model.labels) > 1)} in {key!r}, "
         + (f"{parts['test'].n_obs:,} test cells kept apart, " if split else "")
         + f"on {model.device}"
         + (f", shared by {team.size} processes" if team.size > 1 else "")

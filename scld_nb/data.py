@@ -43,6 +43,9 @@ with warnings.catch_warnings():
 class InputError(ValueError):
     """What the user gave is wrong; the message is one line that says what, and how to mend it."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).splitlines()))  # names and values may hold line breaks
+
 
 class DownloadError(InputError):
     """A known data set could not be fetched, or its checksum is wrong."""
@@ -390,6 +393,11 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
         repeated = adata.var_names[adata.var_names.duplicated()]
         raise InputError(f"var_names repeat {len(repeated)} times, e.g. {repeated[0]!r}; call adata.var_names_make_unique()")
     x = x.to_memory() if hasattr(x, "to_memory") else x
+    if hasattr(x, "check_format"):                             # a damaged file could lead compiled code out of its arrays
+        try:
+            x.check_format(full_check=True)
+        except ValueError as error:
+            raise InputError(f"{slot} is damaged, it does not fit together as a sparse matrix ({_one_line(error)}); write or copy it again") from None
     try:
         counts = sp.csr_matrix(x, dtype=np.float32)
     except (TypeError, ValueError):
@@ -762,6 +770,10 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
         raw = read_dataset(info, path=path) if known else _read_h5ad(path)
         counts = counts_matrix(raw, layer=layer, allow_empty_cells=True)
         out = _labelled(ad.AnnData(counts, obs=raw.obs.copy(), var=raw.var.copy()), labels, info)
+        if not known and out.n_obs < raw.n_obs:
+            facts = out.uns["scld_data"]
+            warnings.warn(f"{raw.n_obs - out.n_obs} of {raw.n_obs} cells are left out, they have fewer than {facts['min_genes']} genes; of genes seen in "
+                          f"fewer than {facts['min_cells']} cells {raw.n_vars - out.n_vars} of {raw.n_vars}", stacklevel=3)
         out.uns["scld_data"] |= {"name": info.name, "kind": info.kind, "origin": info.origin, "file": path.name,
                                  "sha256": file_sha256(path), "n_test": info.n_test or 0, "n_valid": info.n_valid,
                                  "tissue": info.tissue}

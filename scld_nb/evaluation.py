@@ -60,7 +60,10 @@ def _linear(adata: ad.AnnData, layer: str | None, name: str):
     "Expression of `adata` on a linear scale, CSR or dense float32, before rescaling; always a copy."
     scale = adata.uns["scld"].get("scale") if "scld" in adata.uns else None
     if scale is None:
-        return counts_matrix(adata, layer=layer, allow_empty_cells=True).astype(np.float32)
+        try:
+            return counts_matrix(adata, layer=layer, allow_empty_cells=True).astype(np.float32)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
     if scale not in ("counts", "counts20k", "log1p20k"):
         raise InputError(f"{name}.uns['scld']['scale'] is {scale!r}: it must be 'counts', 'counts20k' or 'log1p20k'")
     matrix = sp.csr_matrix(adata.X, dtype=np.float32, copy=True) if sp.issparse(adata.X) else np.array(adata.X, np.float32)
@@ -366,7 +369,9 @@ def _labels(adata: ad.AnnData, key: str, name: str) -> np.ndarray:
     "A column of labels as text."
     if key not in adata.obs:
         raise InputError(f"{name}.obs has no column {key!r}: it has {', '.join(map(str, adata.obs.columns)) or 'none'}")
-    return adata.obs[key].astype(str).to_numpy()
+    if missing := int(adata.obs[key].isna().sum()):
+        raise InputError(f"{name} has {missing} cells without a label in {key!r}: label or remove them, or leave labels_key (--labels) out")
+    return adata.obs[key].astype(str).to_numpy(dtype=object)
 
 
 def _control_groups(real, train, n: int, seed: int) -> tuple:

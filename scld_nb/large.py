@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
@@ -355,10 +356,21 @@ class DiskCells:
                 raise InputError(f"no column {key!r} in obs; it has: {', '.join(self.columns) or 'none'}")
             values = self.known.get(key)
             if values is None:
-                values = read_elem(self.counts._file["obs"][key])
+                values = self._column(key)
                 values = values if self.rows is None else values[self.rows]
             out[key] = values.reset_index(drop=True) if isinstance(values, pd.Series) else values
         return pd.DataFrame(out, index=pd.RangeIndex(self.n_obs))
+
+    def _column(self, key: str):
+        """A whole column of ``obs``, as it is in the file."""
+        try:
+            values = read_elem(self.counts._file["obs"][key])
+            n = len(self.counts._indptr) - 1
+            if len(values) != n:
+                raise ValueError(f"{len(values)} values for {n} cells")
+        except Exception as error:                             # h5py, anndata and pandas have many for a damaged file
+            raise self.counts._damaged(f"column {key!r} of obs cannot be read ({_one_line(error)})") from None
+        return values
 
     def labelled(self, key: str | None) -> SimpleNamespace:
         """What `scld_nb.model.read_labels` looks at: ``obs`` with one column, and ``n_obs``."""
@@ -431,7 +443,9 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
         names = _checked_names(read_elem(var[var.attrs["_index"]]), counts.slot, counts.shape[1])
         if (n := len(obs[obs.attrs["_index"]])) != counts.shape[0]:
             raise InputError(f"{counts.slot} has {counts.shape[0]} cells, obs has {n}; write the file again")
-    except (KeyError, OSError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception as error:                                 # h5py, anndata and pandas have many for a damaged file
         raise counts._damaged(f"obs or var cannot be read ({_one_line(error)})") from None
     return DiskCells(counts, names)
 
@@ -478,6 +492,9 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
     facts = {"target_sum": TARGET_SUM, "min_genes": min_genes, "min_cells": min_cells, "raw_cells": cells.n_obs, "raw_genes": cells.n_vars,
              "versions": _versions(), "labels_key": key, "labels": "from the file", "name": Path(path).stem, "kind": "h5ad",
              "origin": "user file", "file": Path(path).name, "sha256": file_sha256(Path(path)), "n_test": 0, "n_valid": 0}
+    if len(rows) < cells.n_obs:
+        warnings.warn(f"{cells.n_obs - len(rows)} of {cells.n_obs} cells are left out, they have fewer than {min_genes} genes; of genes seen in "
+                      f"fewer than {min_cells} cells {cells.n_vars - len(genes)} of {cells.n_vars}", stacklevel=2)
     out = cells.take(None if len(rows) == cells.n_obs else rows, None if len(genes) == cells.n_vars else genes)
     named = named[rows].remove_unused_categories()
     return replace(out, known={key: named}, uns={"scld_data": facts})
@@ -589,6 +606,7 @@ class CellWriter:
         self._filters = {"shuffle": True, "compression": "gzip", "compression_opts": 1} if compress else {}
 
     def __enter__(self) -> "CellWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = h5py.File(self._temporary, "w")
         return self
 

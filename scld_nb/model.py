@@ -93,13 +93,17 @@ RANGES = {
 def _check_settings(config: "Config") -> None:
     """Refuse settings that no later chapter could work with."""
     for name, known in CHOICES.items():
-        if getattr(config, name) not in known:
+        if getattr(config, name) not in tuple(known):
             raise InputError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(map(str, known))}")
     for name in ("latent", "hidden", "e_width", "T", "batch_size", "scorer_cells"):
         if type(getattr(config, name)) is not int or getattr(config, name) < 1:
             raise InputError(f"{name} must be a positive integer, got {getattr(config, name)!r}")
-    if not config.widths or any(type(w) is not int or w < 1 for w in config.widths):
-        raise InputError(f"widths must be positive integers, one per level of the U-Net, got {list(config.widths)}")
+    if not isinstance(config.widths, tuple) or not config.widths or any(type(w) is not int or w < 1 for w in config.widths):
+        got = list(config.widths) if isinstance(config.widths, tuple) else config.widths
+        raise InputError(f"widths must be positive integers, one per level of the U-Net, got {got!r}")
+    for name in ("outliers", "pre_guidance"):
+        if not isinstance(getattr(config, name), bool):
+            raise InputError(f"{name} must be True or False, got {getattr(config, name)!r}")
     for name, (low, high) in RANGES.items():
         value = getattr(config, name)
         if value is None and name in ("ema", "clip", "min_snr"):
@@ -195,7 +199,8 @@ class Config:
     scorer_cells: int = 2048
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))
+        if isinstance(self.widths, list | tuple):  # anything else is refused below
+            object.__setattr__(self, "widths", tuple(self.widths))
         _check_settings(self)
 
     @property
@@ -944,6 +949,10 @@ class _Learns(_SamplesInChunks):
         team = this_team(self.device)
         if budget_s is not None and not budget_s > 0:
             raise InputError(f"budget_s must be a positive number of seconds, got {budget_s}")
+        if scorer and len(self._codes) < 10:
+            raise InputError(f"the Scorer needs at least 10 training cells, got {len(self._codes)}; give more, or pass scorer=False")
+        if team.is_main:
+            self._note_what_is_little()
         common = dict(
             budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
@@ -1012,6 +1021,19 @@ class _Learns(_SamplesInChunks):
             return fit_count_statistics_on_disk(self.autoencoder, self._encoder_reader(self._reader), device=self.device, folder=folder)
         standardize = self.config.standardize != "none"
         return fit_latent_statistics_on_disk(self.autoencoder, self._reader, device=self.device, folder=folder, standardize=standardize), None
+
+    def _note_what_is_little(self) -> None:
+        """Say what will work, but not as one might think."""
+        few = [f"{name!r} ({count})" for name, count in zip(self.labels, self.label_counts) if count < 10]
+        size, notes = self.config.batch_size, []
+        if few and len(self.labels) > 1:
+            notes.append(f"labels with fewer than 10 cells are learned mostly from the others: {', '.join(few[:5] + ['...'] * (len(few) > 5))}")
+        if len(self.labels) == 1:
+            notes.append("all cells have one label, so label and omega make no difference")
+        if len(self._codes) < size:
+            notes.append(f"{len(self._codes)} cells are fewer than a batch of {size}: every step sees all of them")
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
 
     def training_steps(self, max_steps: int | None = None, ae_steps: int | None = None) -> tuple[int, int]:
         """Steps of denoiser and autoencoder that `train` takes; see there."""
@@ -1204,6 +1226,9 @@ class SCLD(_Learns):
         try:
             config, labels, model.genes, tensors = read_folder(Path(folder))
             given = config["config"]
+            for name, kind in (("config", dict), ("history", dict), ("seed", int), ("fingerprint", str)):
+                if not isinstance(config[name], kind):
+                    raise TypeError(f"{name} is {config[name]!r}")
             model.config = Config(**((MSE if given.get("head") == "mse" else {}) | given))
             model.labels_key, model.labels, model.label_counts = (
                 labels["labels_key"],
