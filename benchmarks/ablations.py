@@ -117,12 +117,14 @@ def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[
     for name, change in DECODER.items():
         began = time.perf_counter()
         model = fitted_model(denoiser=0.0, **change)
-        base = model if name == "default" else base
+        if name == "default":
+            base = model
         note("decoder", name, redraw(model, fitted[some], seed), began)
     for name, change in DENOISER.items():
         began, change = time.perf_counter(), dict(change)
         model = fitted_model(base, scorer=name == "default", denoiser=change.pop("share", 1.0), **change)
-        whole = model if name == "default" else whole
+        if name == "default":
+            whole = model
         note("denoiser", name, data.counts_matrix(model.sample(n, keep=1.0, seed=seed, progress=False)), began)
     for name, change in SAMPLING.items():
         began, change = time.perf_counter(), dict(change)

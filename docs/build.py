@@ -129,8 +129,11 @@ def command_page() -> str:
 
     os.environ |= {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1"}
     lines = ["# Command line", "", "What each command prints with `--help`; {doc}`/nbs/40_cli` shows them at work.", ""]
-    names = [c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]
-    for command in [[], *([name] for name in names)]:
+    def named(typer_app) -> list[str]:
+        return [c.name or c.callback.__name__.replace("_", "-") for c in typer_app.registered_commands]
+
+    inner = [[group.name, name] for group in app.registered_groups for name in named(group.typer_instance)]
+    for command in [[], *([name] for name in named(app)), *inner]:
         done = CliRunner().invoke(app, [*command, "--help"], prog_name="scld")
         if done.exit_code:
             raise RuntimeError(f"scld {' '.join(command)} --help ended with status {done.exit_code}: {done.output}")

@@ -660,7 +660,7 @@ def main(args: list[str] | None = None) -> int:
         except SystemExit as end:  # training was stopped and has said so
             return end.code if isinstance(end.code, int) else 1
         except BrokenPipeError:  # the reader of our output is gone, as in `scld datasets | head -1`
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 1
         except Exception as error:
             if os.environ.get("SCLD_DEBUG") and not hasattr(error, "format_message"):

@@ -380,7 +380,7 @@ class Study:
         elif b.baselines != "paper" and BASELINES[name].trains:
             options = {"steps": int(b.baselines)}
         config = make_config(**({"head": "mse"} | self.options))
-        clusters = {label: n for label, n in self.clusters().values()} if name in TABLE5_METHODS else {}
+        clusters = dict(self.clusters().values()) if name in TABLE5_METHODS else {}
         return compete(name, self.train, self.labels_key, self.drawn / f"{name}-seed{seed}.h5ad", n=self.n, clusters=clusters, seed=seed, keep=config.keep,
                        transform=config.transform, scorer_cells=config.scorer_cells, device=self.device, progress=self.progress,
                        settings={"data_sha256": self.sha256, "n_train": self.train.n_obs, "n_genes": self.train.n_vars}, **options)

@@ -8,7 +8,6 @@ __all__ = ['calibrate', 'plan']
 # %% ../nbs/32_plan.ipynb #c002
 import contextlib
 import time
-import warnings
 from collections.abc import Iterable
 
 import numpy as np

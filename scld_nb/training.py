@@ -398,7 +398,7 @@ def load_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optim
     try:
         with safe_open(path, framework="pt") as f:
             meta = dict(json.loads((f.metadata() or {}).get("meta", "{}")))
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"cannot read checkpoint {path}: {why}; delete it to start this stage again") from error

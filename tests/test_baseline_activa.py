@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from scld_nb.baselines import activa, base
 from scld_nb.baselines.activa import (
-    Activa,
     Actinn,
+    Activa,
     Decoder,
     Encoder,
     encoder_loss,

@@ -5,11 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from conftest import planted_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from conftest import planted_cells
 from scld_nb.baselines import splatter
 from scld_nb.baselines.random import RandomBaseline
 from scld_nb.baselines.splatter import (

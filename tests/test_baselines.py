@@ -139,7 +139,7 @@ def test_model_space_is_that_of_the_readers(cells):
 
 
 def test_draws_are_kept_and_made_again_for_other_settings(cells, tmp_path, monkeypatch):
-    path, options = tmp_path / "a" / "random.h5ad", dict(n=40, clusters={"NK": 8}, seed=2, device="cpu", progress=False)
+    path, options = tmp_path / "a" / "random.h5ad", {"n": 40, "clusters": {"NK": 8}, "seed": 2, "device": "cpu", "progress": False}
     drawn = compete("random", cells, "cell_type", path, **options)
     assert list(drawn.obs["requested"].value_counts()) == [n_to_generate(40, 0.8), n_to_generate(8, 0.8)]
     about = json.loads(drawn.uns["competitor"])

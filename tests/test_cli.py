@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import planted_cells
 from safetensors.torch import load_file
 
-from conftest import planted_cells
 from scld_nb import cli, data, evaluation, training
 from scld_nb import model as model_module
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
@@ -213,7 +213,7 @@ def test_train_leaves_a_model_and_both_parts_of_the_split(trained, files):
         assert list(parts[name].obs_names) == list(expected.obs_names)
         assert (parts[name].X != expected.layers["counts"]).nnz == 0 and list(parts[name].obs) == ["cell_type"]
     model = SCLD.load(trained, device="cpu")
-    assert model.fingerprint == SCLD(train, "cell_type", **{k: v for k, v in model.config.__dict__.items()}).fingerprint
+    assert model.fingerprint == SCLD(train, "cell_type", **dict(model.config.__dict__.items())).fingerprint
     assert sum(model.label_counts) == train.n_obs and {"autoencoder", "denoiser", "scorer"} == set(model.history)
 
 

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_rand_score
+from tenx_server import Server, facts, names, planted, standins, surviving_shape, write_h5, write_mex
 
 from scld_nb import data
 from scld_nb.data import (
@@ -55,7 +56,6 @@ from scld_nb.data import (
     split,
     table2,
 )
-from tenx_server import Server, facts, names, planted, standins, surviving_shape, write_h5, write_mex
 
 
 @pytest.fixture(autouse=True)

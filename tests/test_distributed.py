@@ -491,7 +491,7 @@ def test_accelerate_launch_trains_and_samples_as_the_plain_command(tmp_path, cel
 
     plain, shared = (anndata.read_h5ad(f) for f in ("plain.h5ad", "shared.h5ad"))
     assert (plain.X != shared.X).nnz == 0 and plain.obs.equals(shared.obs) and plain.n_obs == 90
-    assert not [f for f in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_notebook_launcher_trains_what_a_plain_call_trains(tmp_path, cells30):

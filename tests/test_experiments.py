@@ -12,8 +12,8 @@ from scld_nb import experiments as ex
 from scld_nb.baselines.random import RandomBaseline
 from scld_nb.data import InputError
 
-TINY = dict(T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=None, device="cpu", progress=False,
-            budget=2)
+TINY = {"T": 12, "widths": (16, 8), "hidden": 16, "latent": 16, "e_width": 16, "steps": 4, "n_trees": 8, "sampling_steps": None, "device": "cpu", "progress": False,
+            "budget": 2}
 ROWS = ["positive", "random", "random+scorer", "splatter_matched", "scgan", "scgan+scorer", "reconstruction", "scld", "scld_post", "scld_pre", "scld_both",
         "scld_pre_matched", "scld_both_matched", "scld_counts", "scld_counts_post"]
 ROOT = Path(__file__).parent.parent
@@ -312,6 +312,7 @@ def test_random_baseline_repeats_the_pool_and_checks_its_input(study):
 
 def test_a_class_of_one_cell_or_too_little_memory_marks_the_row_and_the_table_goes_on(tmp_path, monkeypatch):
     from conftest import planted_cells
+
     from scld_nb.baselines import base
 
     cells = planted_cells(200, 40)

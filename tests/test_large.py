@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from conftest import planted_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import planted_cells
 from scld_nb import large, training
 from scld_nb.autoencoder import Autoencoder, fit_latent_statistics, fit_latent_statistics_on_disk
 from scld_nb.cli import main
@@ -599,7 +599,7 @@ def test_one_chunk_is_sample(tiny_model, tmp_path):
     for other in (chunk, found):
         assert same(other.X, whole.X) and other.X.dtype == whole.X.dtype and list(other.var_names) == list(whole.var_names)
         pd.testing.assert_frame_equal(other.obs, whole.obs, check_index_type=False)
-    assert facts == whole.uns["scld"] and {k: v for k, v in found.uns["scld"].items()} == facts
+    assert facts == whole.uns["scld"] and dict(found.uns["scld"].items()) == facts
 
 
 @pytest.mark.parametrize("scope", ["label", "all"])

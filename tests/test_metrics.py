@@ -407,6 +407,6 @@ def test_twins_share_a_fold_and_no_longer_betray_each_other():
     rng = np.random.default_rng(0)
     real = rng.normal(size=(120, 8)).astype(np.float32)
     fake = real + 0.01 * rng.normal(size=real.shape).astype(np.float32)
-    options = dict(max_depths=(None,), n_pcs=None, n_trees=60, seed=1)
+    options = {"max_depths": (None,), "n_pcs": None, "n_trees": 60, "seed": 1}
     apart, together = (rf_aucs(real, fake, paired=p, **options)[None] for p in (False, True))
     assert apart.auc < 0.2 and abs(together.auc - 0.5) < 0.12 and together.n == 120 and len(together.fold_aucs) == 5

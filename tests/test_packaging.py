@@ -66,3 +66,8 @@ def test_exported_modules_import_neither_nbdev_nor_fastcore():
     for file in (ROOT / "scld_nb").rglob("*.py"):
         if file.name != "_modidx.py":
             assert not re.search(r"^\s*(from|import) (nbdev|fastcore)", file.read_text(), re.M), file
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

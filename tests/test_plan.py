@@ -6,7 +6,7 @@ from scld_nb import experiments as ex
 from scld_nb import plan as pl
 from scld_nb.data import InputError
 
-TINY = dict(seeds=(0, 1), T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=4, n_trees=8, sampling_steps=3, device="cpu", progress=False)
+TINY = {"seeds": (0, 1), "T": 12, "widths": (16, 8), "hidden": 16, "latent": 16, "e_width": 16, "steps": 4, "n_trees": 8, "sampling_steps": 3, "device": "cpu", "progress": False}
 SPEED = {"autoencoder": 0.5, "denoiser": 1.0, "sampling": 0.001, "judge": 2.0, "scgan": 3.0, "activa": 0.1}
 
 
@@ -16,7 +16,7 @@ def make_study(root, **changes):
 
 def test_everything_is_to_do_at_first_and_nothing_at_last(tmp_path):
     study = make_study(tmp_path, budget=2)
-    rows = dict(tables=["3"], figures=[], methods=["positive", "random", "random+scorer", "scld_pre"])
+    rows = {"tables": ["3"], "figures": [], "methods": ["positive", "random", "random+scorer", "scld_pre"]}
     before = pl.plan(study, **rows)
     assert before["runs to do"].to_dict() == {"train SCLD (add)": 2, "train random": 2, "judge table3": 8, "all": 12}
     assert before["seconds each"].isna().all()
@@ -28,7 +28,7 @@ def test_everything_is_to_do_at_first_and_nothing_at_last(tmp_path):
 
 
 def test_seconds_are_steps_times_speed(tmp_path):
-    rows = dict(tables=["3"], figures=["4"], methods=["scgan", "scld"], speed=SPEED)
+    rows = {"tables": ["3"], "figures": ["4"], "methods": ["scgan", "scld"], "speed": SPEED}
     steps = pl.plan(make_study(tmp_path, budget=10), **rows)
     fakes = make_study(tmp_path).train.n_obs * 3 * 0.001
     assert steps.loc["train SCLD (add)", "seconds each"] == pytest.approx(4 * 0.5 + 4 * 1.0 + fakes, abs=0.06)

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from conftest import planted_cells
 from scipy.stats import ranksums
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from conftest import planted_cells
 from scld_nb.data import InputError, preprocess, split
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "rare_type.py"
@@ -182,7 +182,7 @@ def record(seed: int, f1: float = 0.5, skipped: dict | None = None) -> dict:
     score = {judge: {"f1": f1 + seed, "precision": 0.25, "recall": 0.75, "macro_f1": 0.5} for judge in ("logistic", "forest")}
     marker = {"pearson": 0.9, "pearson_all_genes": 0.8, "overlap": 12}
     return {"seconds": 1.0, "skipped": skipped or {}, "labels": {"T": {"n_train": 14, "n_test": 6, "n_added": 140,
-            "scores": {k: score for k in ("real", "scld")}, "markers": {k: marker for k in ("real", "scld")}}}}
+            "scores": dict.fromkeys(("real", "scld"), score), "markers": dict.fromkeys(("real", "scld"), marker)}}}
 
 
 def test_finished_seeds_are_reused_unless_options_differ(script, tmp_path, rare, monkeypatch, capsys):

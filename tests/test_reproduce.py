@@ -49,7 +49,7 @@ def test_the_papers_own_sets_go_through_every_table(site, tmp_path, dataset):
     assert any(path.startswith("/samples/") for path, _ in site.server.requests)
     table3 = pd.read_csv(results / "table3.csv", index_col=0)
     rows = methods.split(",") if methods else [m for m in METHODS if not m.startswith("scvi")]
-    assert set(METHODS[m] for m in rows) <= set(table3.index)
+    assert {METHODS[m] for m in rows} <= set(table3.index)
     assert table3.loc["SCLD ‡", "verdict AUC"] == "not comparable: 12 of 40,000 steps"
     assert table3.loc["cscGAN", "verdict AUC"] == "no figure in the paper"
     if dataset == "brain_small":
@@ -64,7 +64,7 @@ def test_the_papers_own_sets_go_through_every_table(site, tmp_path, dataset):
     assert {"SCLD", "ACTIVA", "SC-GAN"} <= set(figure4.index)
     for picture in ("table3.png", "figure4.png", "figure5.png"):
         assert (results / picture).read_bytes().startswith(b"\x89PNG")
-    assert not [p for p in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
     again = papermill(tmp_path, site.env, dataset=dataset, methods=methods, **SMALL)
     assert again.returncode == 0 and "0 runs made now" in texts(tmp_path)
 

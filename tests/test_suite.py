@@ -16,6 +16,7 @@ from scld_nb.data import InputError, library_normalize
 from scld_nb.metrics import auc_null_sd, rf_auc
 from scld_nb.suite import (
     cell_statistics,
+    combined_auc,
     gene_correlation,
     gene_statistics,
     ilisi,
@@ -25,7 +26,6 @@ from scld_nb.suite import (
     mean_correlation,
     membership_auc,
     memorisation,
-    combined_auc,
     precision_recall,
     strict_aucs,
     tstr,

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 import torch
 
 from .activa import Activa
-from .base import Baseline, require_memory
+from .base import Baseline
 from .cscgan import CscGAN
 from .random import RandomBaseline
 from .scgan import ScGAN

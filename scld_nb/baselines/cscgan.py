@@ -6,7 +6,6 @@
 __all__ = ['ConditionalBatchNorm', 'ConditionalGenerator', 'ClassScore', 'ConditionalCritic', 'CscGAN']
 
 # %% ../../nbs/20_baselines.cscgan.ipynb #c002
-import scipy.sparse as sp
 import torch
 from torch import nn
 
