@@ -7,14 +7,12 @@ Writes real_and_synthetic.png, and a JSON with provenance beside it, to results/
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
 from scld_nb import data
 from scld_nb.data import InputError
-from scld_nb.experiments import project_root, provenance
+from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.metrics import tsne
 from scld_nb.model import SCLD
 from scld_nb.plots import save_figure, tsne_pair
@@ -46,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         path = save_figure(tsne_pair(*places, test.obs[key], drawn.obs[key]), folder / "real_and_synthetic.png", dpi=90)
         record = {"format": 1, "experiment": "picture", "set": str(about["name"]), "seed": given.seed, "n": test.n_obs, "model": model.fingerprint,
                   "data_sha256": str(about["sha256"]), "provenance": provenance(model.device)}
-        (folder / ".real_and_synthetic.json.tmp").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        os.replace(folder / ".real_and_synthetic.json.tmp", folder / "real_and_synthetic.json")
+        write_json(folder / "real_and_synthetic.json", record)
         print(path.name, "and .json in", f"results/{about['name']}/")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

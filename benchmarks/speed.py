@@ -15,8 +15,6 @@ What is compared is timed in turns, and medians are taken. One JSON with provena
 
 import argparse
 import gc
-import json
-import os
 import statistics
 import sys
 import time
@@ -32,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scld_nb import data
 from scld_nb.counts import fit_count_statistics
 from scld_nb.data import InputError
-from scld_nb.experiments import project_root, provenance
+from scld_nb.experiments import project_root, provenance, write_json
 from scld_nb.metrics import rf_auc
 from scld_nb.model import SCLD
 from scld_nb.training import reduced_precision, resolve_device, train_autoencoder, train_denoiser
@@ -261,12 +259,9 @@ def main(argv: list[str] | None = None) -> int:
             found[part] = beside_scvi(device, given) if part == "scvi" else {"training": training, "sampling": sampling, "whole": whole}[part](cells, device, given)
             gc.collect()
         folder = (given.root or project_root()) / "results" / "speed"
-        folder.mkdir(parents=True, exist_ok=True)
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items() if k not in ("root", "file")}
-        name = f"{'-'.join(given.parts)}-{device.type}.json"
-        text = json.dumps({"format": 1, "experiment": "speed", "asked": asked, "found": found, "provenance": provenance(device)}, indent=1)
-        (folder / f".{name}.tmp").write_text(text + "\n", "utf-8")
-        os.replace(folder / f".{name}.tmp", folder / name)
+        write_json(folder / f"{'-'.join(given.parts)}-{device.type}.json",
+                   {"format": 1, "experiment": "speed", "asked": asked, "found": found, "provenance": provenance(device)})
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

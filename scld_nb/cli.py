@@ -131,8 +131,8 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}); choose another with -o") from None
     finally:
-        with suppress(OSError):
-            for path in made:  # whoever writes makes it again
+        for path in made:  # whoever writes makes it again
+            with suppress(OSError):
                 path.rmdir()
 
 # %% ../nbs/40_cli.ipynb #c018

@@ -1,7 +1,9 @@
 """Shared by all tests: one thread (so that every process gets the same bits), planted cells, a tiny model."""
 
+import importlib.util
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,6 +34,14 @@ TINY = {
     "head": "mse",
     "batch_size": 64,
 }
+
+
+def benchmark_script(name: str):
+    """``benchmarks/<name>.py`` as a module of its own, fresh at every call."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def planted_cells(n: int = 300, n_genes: int = 60, shares=(0.6, 0.3, 0.1), seed: int = 0) -> ad.AnnData:

@@ -1,6 +1,5 @@
 """The scripts under benchmarks/ run, at a size where they take seconds."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import benchmark_script
 
 from scld_nb.data import cluster, preprocess, read_dataset
 
@@ -19,9 +19,7 @@ STAGES = ["generate", "read", "Louvain", "filter,", "split", "build", "train", "
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("memory_full_size", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark_script("memory_full_size")
     module.PROTOCOL_TREES = 12
     return module
 

@@ -1,6 +1,5 @@
 """benchmarks/guidance.py: purity and coverage over omega, the global mixture, and its result files."""
 
-import importlib.util
 import json
 import runpy
 import sys
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, planted_cells
+from conftest import TINY, benchmark_script, planted_cells
 
 from scld_nb.data import InputError, default_split, load
 from scld_nb.evaluation import expression
@@ -23,10 +22,7 @@ OPTIONS = ["--seeds", "0", "--omegas", "-1", "0", "3", "--steps", "300", "--samp
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("guidance_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("guidance")
 
 
 @pytest.fixture(scope="module")

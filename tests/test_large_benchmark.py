@@ -1,22 +1,16 @@
 """benchmarks/large_data.py runs, at a size where it takes seconds; what it generates and refuses."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "large_data.py"
+from conftest import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("large_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("large_data")
 
 
 def test_generated_cells_are_counts_of_the_density_asked_for(script, tmp_path):

@@ -1,21 +1,14 @@
 """benchmarks/picture.py: the picture of the README, from a small model."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-from conftest import planted_cells
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "picture.py"
+from conftest import benchmark_script, planted_cells
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("picture", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("picture")
 
 
 def test_picture_of_a_trained_and_of_a_saved_model(script, tmp_path, capsys, tiny_model):

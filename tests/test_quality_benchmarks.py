@@ -1,29 +1,20 @@
 """benchmarks/quality.py, ablations.py and samplers.py at a size where they take seconds."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, planted_cells
+from conftest import TINY, benchmark_script, planted_cells
 
 from scld_nb.data import counts_matrix, default_split, load
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 SETTINGS = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items() if k != "head"]
-
-
-def script_of(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def ablations():
-    return script_of("ablations")
+    return benchmark_script("ablations")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +70,7 @@ def test_every_row_names_a_setting_that_exists(ablations):
 
 
 def test_quality_writes_both_draws_beside_their_control(file, tmp_path, capsys):
-    quality = script_of("quality")
+    quality = benchmark_script("quality")
     argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--steps", "20", "--ae-steps", "20", "--sampling-steps", "5", "--trees", "4",
             "--root", str(tmp_path), "--models", str(tmp_path / "models"), "--set", *SETTINGS, "scorer_cells=64"]
     assert quality.main(argv) == 0
@@ -93,7 +84,7 @@ def test_quality_writes_both_draws_beside_their_control(file, tmp_path, capsys):
 
 
 def test_samplers_are_judged_beside_two_reference_draws_of_one_kept_model(file, tmp_path, capsys, monkeypatch):
-    samplers = script_of("samplers")
+    samplers = benchmark_script("samplers")
     monkeypatch.setattr(samplers, "REFERENCE", ("ddpm", 12))
     monkeypatch.setattr(samplers, "WAYS", (("sde-dpm++", 3),))
     argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--steps", "20", "--ae-steps", "20", "--trees", "3", "--cells-max", "60",
@@ -113,5 +104,5 @@ def test_samplers_are_judged_beside_two_reference_draws_of_one_kept_model(file, 
 
 @pytest.mark.parametrize("name", ["quality", "ablations", "samplers"])
 def test_a_wrong_column_is_one_line(name, file, capsys):
-    assert script_of(name).main([str(file), "--labels", "nothing"]) == 2
+    assert benchmark_script(name).main([str(file), "--labels", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,5 @@
 """benchmarks/rare_type.py on planted cells: nothing leaks, exactly the cells asked for are added, and finished seeds are not repeated."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from conftest import planted_cells
+from conftest import benchmark_script, planted_cells
 from scipy.stats import ranksums
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -25,9 +24,7 @@ SMALL = {"T": 20, "beta_T": 0.6, "latent": 8, "hidden": 32, "widths": (32,), "e_
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("rare_type", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark_script("rare_type")
     module.N_TREES = 20
     return module
 

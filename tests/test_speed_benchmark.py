@@ -1,25 +1,20 @@
 """benchmarks/speed.py runs, at a size where it takes seconds; what it counts as a matrix product."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import benchmark_script
 from torch import nn
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "speed.py"
 TINY = ["--cells", "200", "--genes", "60", "--turns", "1", "--steps", "2", "--warm-steps", "3", "--cells-drawn", "40", "--device", "cpu",
         "--denoiser-steps", "4", "--ae-steps", "4", "--draw", "90"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("speed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("speed")
 
 
 def test_products_of_a_step_are_those_of_the_linear_maps(script):
