@@ -1,12 +1,16 @@
 # make reproduce   runs the paper's tables and figures on the embedded data set
 # make test        everything CI checks
 # make docs        the documentation site, in _site/
+# make unlocked    installs the wheel with the newest versions that settings.ini allows, and makes cells with it
+# make lock        writes requirements.lock anew, from settings.ini and constraints.txt
 PYTHON  ?= python3
 DATASET ?= pbmc68k_reduced
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := Agg
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
+PIP_UNLOCKED := .venv-unlocked/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: reproduce test readme docs clean
+.PHONY: reproduce test readme docs unlocked lock clean
 
 reproduce: .venv/installed
 	papermill nbs/reproduce.ipynb runs/$(notdir $(basename $(DATASET))).ipynb -p dataset $(DATASET) </dev/null
@@ -25,6 +29,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 pytest -q tests/test_distributed.py --cov=scld_nb --cov-append --cov-report=term --cov-fail-under=90
 	papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
 	@ls results/pbmc68k_reduced/table2.csv results/pbmc68k_reduced/table3.csv results/pbmc68k_reduced/table4.csv results/pbmc68k_reduced/table5.csv results/pbmc68k_reduced/figure4.png results/pbmc68k_reduced/figure5.csv results/pbmc68k_reduced/figure5.png
+	$(MAKE) --no-print-directory unlocked
 	@echo "all checks passed"
 
 # README.md is nbs/index.ipynb as markdown, with links seen from the top folder
@@ -32,13 +37,36 @@ readme: .venv/installed
 	@jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' > README.md.tmp && mv README.md.tmp README.md
 
 docs: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	OMP_NUM_THREADS=1 .venv/bin/python docs/build.py --quiet
 
-.venv/installed: constraints.txt settings.ini setup.py pyproject.toml
+.venv/installed: requirements.lock constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# everything but torch and what its build brings, each file checked against its hash; other Pythons go by constraints.txt
+	.venv/bin/python -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 14))' || touch .venv/no_lock
+	test -e .venv/no_lock || $(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
+unlocked:
+	rm -rf .venv-unlocked && $(PYTHON) -m venv .venv-unlocked
+	# any build of torch will do: the pinned one saves a download of gigabytes where it is at hand
+	$(PIP_UNLOCKED) install "$$(grep ^torch== constraints.txt)"
+	$(PIP_UNLOCKED) install '.[notebook]' 'nbdev>=3' pot
+	.venv-unlocked/bin/python -m pip check
+	cd .venv-unlocked && export OMP_NUM_THREADS=1 PATH=$(CURDIR)/.venv-unlocked/bin:$$PATH && \
+		scld train pbmc68k_reduced -o model --steps 200 --ae-steps 200 && \
+		scld sample model -n 50 -o cells.h5ad && \
+		scld evaluate model/test.h5ad cells.h5ad --train model/train.h5ad --quick --n-trees 50 -o report
+	# this nbdev has its commands with hyphens
+	cd nbs && OMP_NUM_THREADS=1 PATH=$(CURDIR)/.venv-unlocked/bin:$$PATH nbdev-test --path 02_schedules.ipynb
+
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		-c constraints.txt --extra dev --extra docs setup.py -o .venv-lock/all
+	# torch comes in many builds, with many packages for CUDA: those are the user's choice
+	awk '/^[^ ]/ { keep = !/^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ } keep' .venv-lock/all > requirements.lock
+
 clean:
-	rm -rf .venv build dist *.egg-info out.ipynb _site docs/_build
+	rm -rf .venv .venv-unlocked .venv-lock build dist *.egg-info out.ipynb _site docs/_build

@@ -952,12 +952,14 @@ def check_parameters(names: dict, known: Iterable[str]) -> None:
 _NOTEBOOK_NAMES = {"In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "FUSION_NAMES", "METHODS", "SCORED", "BASELINES"}
 
 
-def choose(name: str, given: str | int, known: list[str]) -> list[str]:
-    """Split "2,3" into its parts, all of which must be known; empty means all."""
+def choose(name: str, given: str | int, known: list[str], *, none: bool = False) -> list[str]:
+    """Split "2,3" into its parts, all of which must be known; empty means all, and "none" none where that is allowed."""
     parts = [p.strip() for p in str(given).split(",") if p.strip()] or known
+    if none and parts == ["none"]:
+        return []
     for part in parts:
         if part not in known:
-            raise InputError(f"unknown value {part!r} in {name}; known: {', '.join(known)}")
+            raise InputError(f"unknown value {part!r} in {name}; known: {', '.join(known)}{', or none' if none else ''}")
     return parts
 
 

@@ -271,6 +271,11 @@ def test_parameters_are_validated():
         ex.check_parameters({"dataset": "x", "sed": 1, "datset": "y"}, known)
     assert ex.choose("tables", "2, 4", ["2", "3", "4"]) == ["2", "4"] and ex.choose("tables", 3, ["2", "3"]) == ["3"]
     assert ex.choose("tables", "", ["2", "3"]) == ["2", "3"]
+    assert ex.choose("tables", "none", ["2", "3"], none=True) == []
+    with pytest.raises(InputError, match="unknown value 'none' in methods; known: a, b$"):
+        ex.choose("methods", "none", ["a", "b"])
+    with pytest.raises(InputError, match="unknown value 'none' in tables; known: 2, 3, or none$"):
+        ex.choose("tables", "2,none", ["2", "3"], none=True)
     with pytest.raises(InputError, match="unknown value '9' in tables; known: 2, 3"):
         ex.choose("tables", "2,9", ["2", "3"])
 

@@ -46,6 +46,18 @@ def test_constraints_pin_every_requirement_and_name_no_host(settings):
     assert "torch==2.13.0" in lines
 
 
+def test_the_lock_holds_the_constraints_with_their_hashes_and_names_no_host(settings):
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)( ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, flags=re.M)
+    assert "".join(f"{name}=={version}{when}{hashes}\n" for name, version, when, hashes in blocks) == text  # and nothing else
+    locked = {name: version for name, version, *_ in blocks}
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#"))
+    assert pinned.pop("torch") and "torch" not in locked and not [name for name in locked if name.startswith("nvidia")]  # its build is the user's choice
+    assert {name: locked.get(name) for name in pinned} == pinned
+    asked = [Requirement(r) for key in ("requirements", "notebook_requirements", "dev_requirements", "docs_requirements") for r in settings[key].split()]
+    assert {r.name.lower() for r in asked} - {"torch"} <= set(locked)
+
+
 def test_one_version_and_one_address(settings):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["version"] == scld_nb.__version__
