@@ -58,7 +58,7 @@ unlocked:
 		scld sample model -n 50 -o cells.h5ad && \
 		scld evaluate model/test.h5ad cells.h5ad --train model/train.h5ad --quick --n-trees 50 -o report
 	# this nbdev has its commands with hyphens
-	cd nbs && OMP_NUM_THREADS=1 PATH=$(CURDIR)/.venv-unlocked/bin:$$PATH nbdev-test --path 02_schedules.ipynb
+	cd nbs && OMP_NUM_THREADS=1 PATH=$(CURDIR)/.venv-unlocked/bin:$$PATH nbdev-test 02_schedules.ipynb
 
 lock:
 	$(PYTHON) -m venv .venv-lock
