@@ -196,7 +196,7 @@ def _quiet() -> bool:
 
 def _why(error: Exception, url: str) -> str:
     """Why a download failed, in a few words."""
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"the server answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the transfer was cut off"
@@ -231,6 +231,8 @@ def fetch(name: str | DatasetInfo, *, base_url: str | None = None, progressbar: 
     """
     info = dataset_info(name)
     if info.kind == "bundled":
+        if not info.filename:
+            raise InputError(f"dataset {info.name!r} needs 'filename', that of a file which scanpy brings along")
         return Path(sc.datasets.__file__).parent / info.filename
     if not (info.url and info.filename):
         raise InputError(f"dataset {info.name!r} needs 'url' and 'filename' to be fetched")
@@ -331,6 +333,8 @@ def read_dataset(name: str | DatasetInfo, *, path: str | Path | None = None) -> 
                 adata = ad.AnnData(recover_counts(stored), obs=stored.obs[["bulk_labels", "louvain"]].copy(),
                                    var=pd.DataFrame(index=stored.raw.var_names))
             elif info.kind == "10x_mex":
+                if info.genome is None:
+                    raise InputError("its 'genome' is not known: name the folder of the archive that holds the matrix")
                 adata = _read_10x_mex(path, info.genome)
             elif info.kind == "10x_h5":
                 adata = sc.read_10x_h5(path, genome=info.genome)
