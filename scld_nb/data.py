@@ -762,13 +762,15 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
     InputError
         Unknown name, missing or unreadable file, wrong counts or labels; one line.
     """
-    known = isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()})
-    if not known and not str(source).endswith(".h5ad") and not Path(source).is_file():
-        dataset_info(str(source))  # raises, listing what is known
-    if known and layer is not None:
-        raise InputError(f"layer={layer!r} is for .h5ad files; dataset {dataset_info(source).name!r} has its counts in X")
-    info = dataset_info(source) if known else DatasetInfo(Path(source).stem, kind="h5ad", origin="user file")
-    path = fetch(info) if known else Path(source).expanduser()
+    if known := isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()}):
+        info = dataset_info(source)
+        if layer is not None:
+            raise InputError(f"layer={layer!r} is for .h5ad files; dataset {info.name!r} has its counts in X")
+        path = fetch(info)
+    else:
+        if not str(source).endswith(".h5ad") and not Path(source).is_file():
+            dataset_info(str(source))  # raises, listing what is known
+        info, path = DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
 
     def build() -> ad.AnnData:
         raw = read_dataset(info, path=path) if known else _read_h5ad(path)
@@ -785,7 +787,7 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
 
     if cache is False or not info.kind.startswith("10x") or labels is not None:
         return build()
-    return _cached(data_dir() if cache in (None, True) else Path(cache), info, path, build)
+    return _cached(data_dir() if cache is None or cache is True else Path(cache), info, path, build)
 
 
 def _cached(folder: Path, info: DatasetInfo, path: Path, build: Callable[[], ad.AnnData]) -> ad.AnnData:
