@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scld_nb.large import DiskCells
-    from scld_nb.model import SCLD
 
 # %% ../nbs/40_cli.ipynb #c008
 app = typer.Typer(name="scld", add_completion=False, rich_markup_mode=None,
@@ -190,7 +189,7 @@ def check_model_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     check_folder(folder)
 
 # %% ../nbs/40_cli.ipynb #c024
-def already_trained(folder: Path, model: "SCLD", steps: int, ae_steps: int) -> bool:
+def already_trained(folder: Path, model, steps: int, ae_steps: int) -> bool:
     """Whether ``folder`` holds the finished result of just this training.
 
     Raises
@@ -215,7 +214,7 @@ def already_trained(folder: Path, model: "SCLD", steps: int, ae_steps: int) -> b
     )
 
 # %% ../nbs/40_cli.ipynb #c026
-def check_space(folder: Path, model: "SCLD", cells: "AnnData | DiskCells", kept: int | None = None) -> None:
+def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | None = None) -> None:
     """Refuse to start where the disk cannot hold the checkpoints and the model: training for hours would be lost.
 
     Of cells on disk, ``kept`` are written beside the model.
