@@ -23,6 +23,7 @@ test: .venv/installed
 	nbdev_export
 	$(MAKE) --no-print-directory readme
 	git diff --exit-code -- nbs scld_nb README.md
+	mypy
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --ignore tests/test_distributed.py --cov=scld_nb --cov-report=
 	# forks processes, which is safe only from one that has no threads of its own

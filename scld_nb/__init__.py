@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import (  # noqa: F401
+        autoencoder, baselines, cli, counts, data, distributed, draws, evaluation, experiments, guidance, large, metrics,
+        model, plan, plots, report, sampling, schedules, scorer, suite, training, unet,
+    )
     from .data import InputError
     from .evaluation import Report, evaluate
     from .model import SCLD, Config
@@ -31,15 +35,17 @@ _HOME = {
 }
 
 
-def __getattr__(name: str):
-    """Import a public name or a module at its first use (PEP 562)."""
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take it for a promise that every name exists
+
+    def __getattr__(name: str):
+        """Import a public name or a module at its first use (PEP 562)."""
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -88,7 +88,7 @@ def parse_setting(text: str) -> tuple[str, object]:
     from scld_nb.data import InputError
     from scld_nb.model import Config
 
-    known = {f.name: f.type for f in fields(Config)}
+    known: dict[str, Any] = {f.name: f.type for f in fields(Config)}
     name, equals, value = text.partition("=")
     name, value = name.strip(), value.strip()
     if not equals:
@@ -220,14 +220,15 @@ def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | N
     Of cells on disk, ``kept`` are written beside the model.
     """
     from scld_nb.data import InputError
+    from scld_nb.large import DiskCells
 
     weights = sum(
         p.numel() * 4 for part in (model.autoencoder, model.denoiser, model.scorer) for p in part.parameters()
     )
-    if kept is None:
-        stored = 8 * cells.layers["counts"].nnz
+    if isinstance(cells, DiskCells):
+        stored = 8 * cells.counts.nnz * min(1.0, (kept or 0) / cells.n_obs) + 8 * cells.n_obs * model.config.width
     else:
-        stored = 8 * cells.counts.nnz * min(1.0, kept / cells.n_obs) + 8 * cells.n_obs * model.config.width
+        stored = 8 * cells.layers["counts"].nnz
     needed = 10 * weights + stored  # a checkpoint is 4 times its part, twice while replaced
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if free < needed:
@@ -251,7 +252,7 @@ def datasets() -> None:
     """List the known data sets."""
     from scld_nb.data import DATASETS, _overrides, data_dir, dataset_info
 
-    rows = [("name", "tissue", "cells", "genes", "clusters", "source", "on this machine")]
+    rows: list[tuple[str, ...]] = [("name", "tissue", "cells", "genes", "clusters", "source", "on this machine")]
     for name in dict.fromkeys([*DATASETS, *_overrides()]):
         info = dataset_info(name)
         cells, genes = info.shape or info.raw_shape or ("?", "?")
@@ -359,7 +360,8 @@ def train(
     from scld_nb.training import resolve_device
 
     given = {"head": head, "dispersion": dispersion, "fusion": fusion}
-    options = {k: v for k, v in given.items() if v is not None} | dict(parse_setting(text) for text in setting or ())
+    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    options |= dict(parse_setting(text) for text in setting or ())
     make_config(preset, **options)
     note_if_left_alone()
     resolve_device(device)
@@ -484,7 +486,7 @@ def sample(
     model = SCLD.load(model_dir, device=device)
     team = this_team()
     team.on_main(lambda: check_output(output))
-    options = dict(omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size)
+    options: dict[str, Any] = dict(omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size)
     if n > chunk_size:
         made = model.sample_to(output, n, label, chunk_size=chunk_size, **options)
     else:

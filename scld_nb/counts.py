@@ -66,8 +66,9 @@ def count_start(counts: sp.spmatrix | DiskReader) -> CountStart:
     """
     if isinstance(counts, DiskReader):
         n_cells, library = counts.n_obs, counts.library_size
-        shares = counts.gene_sums / library.sum()
-        sums = sum(_robust_sums(part.astype(np.float64).tocoo(), library[rows], shares) for rows, part in counts.counts.slices())
+        shares, sums = counts.gene_sums / library.sum(), np.zeros((5, counts.n_vars))
+        for rows, part in counts.counts.slices():
+            sums += _robust_sums(part.astype(np.float64).tocoo(), library[rows], shares)
     else:
         x = sp.coo_matrix(counts, dtype=np.float64)
         n_cells, library = x.shape[0], np.asarray(x.sum(1)).ravel()
@@ -173,6 +174,7 @@ def count_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
     rows = torch.div(stored, x.shape[1], rounding_mode="floor")
     nll = _ZeroTerm.apply(log_mu, log_r, logit, stored)
     if outlier is not None:
+        assert outlier_mean is not None
         gene, body = stored % x.shape[1], F.softplus(outlier)                # body = -log(1 - epsilon)
         stop = torch.exp(-outlier_mean)[gene]
         log_q = torch.log(stop) + (y - 1.0) * torch.log1p(-stop)
@@ -269,13 +271,18 @@ class CountMap(nn.Module):
                                   for name, wanted in follows.items() if wanted})
         with torch.no_grad():
             self.mean.bias.copy_(torch.from_numpy(np.log(first.shares + 1e-8)))
-            for end in (self.mean, *(part[-1] for part in self.low.values())):
+            for end in self._ends():
                 end.weight.mul_(0.1)
+
+    def _ends(self) -> list[nn.Linear]:
+        """The linear maps to genes, whose weights are the loadings."""
+        ends = (self.mean, *(list(part.children())[-1] for part in self.low.values()))
+        return [end for end in ends if isinstance(end, nn.Linear)]         # as all of them are
 
     def penalty(self, tau: float) -> torch.Tensor:
         """Negative log-density of all loadings under the prior, up to a constant: a scalar."""
-        ends = (self.mean, *(part[-1] for part in self.low.values()))
-        return sum(end.in_features * end.weight.square().sum() for end in ends) / (2.0 * tau**2)
+        first, *others = (end.in_features * end.weight.square().sum() for end in self._ends())
+        return sum(others, start=first) / (2.0 * tau**2)
 
     def forward(self, z: torch.Tensor, log_library: torch.Tensor) -> CountParameters:
         """Latents ``(n, d)`` and logarithms of library sizes ``(n, 1)`` to parameters."""
@@ -283,14 +290,14 @@ class CountMap(nn.Module):
         shares = self.mean(h).float()
         log_mu = shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
         log_r = None if self.log_r is None else GAIN * self.log_r
-        if "r" in self.low:
+        if log_r is not None and "r" in self.low:
             log_r = log_r + self.low["r"](h).float()
         return CountParameters(
             log_mu,
             None if log_r is None else log_r.clamp(-6.0, 8.0),
             None if self.logit is None else GAIN * self.logit + self.low["zero"](h).float(),
             None if self.outlier is None else GAIN * self.outlier,
-            None if self.outlier is None else (GAIN * self.outlier_mean).clamp(0.7, 9.0),
+            None if self.outlier_mean is None else (GAIN * self.outlier_mean).clamp(0.7, 9.0),
         )
 
 # %% ../nbs/01_counts.ipynb #c030
@@ -298,7 +305,10 @@ def expected_counts(parameters: CountParameters) -> torch.Tensor:
     """Means of the counts that `draw_counts` draws, outliers included, ``(n, n_genes)``."""
     log_mu, _, logit, outlier, outlier_mean = parameters
     mean = log_mu.exp() if logit is None else log_mu.exp() * torch.sigmoid(-logit)
-    return mean if outlier is None else torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
+    if outlier is None:
+        return mean
+    assert outlier_mean is not None
+    return torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
 
 
 def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -325,6 +335,7 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
         rate = rate * (torch.rand(rate.shape, generator=generator, device=rate.device) >= torch.sigmoid(logit))
     x = torch.poisson(rate, generator=generator)
     if outlier is not None:
+        assert outlier_mean is not None
         hit = torch.rand(x.shape, generator=generator, device=x.device) < torch.sigmoid(outlier)
         u = torch.rand(int(hit.sum()), generator=generator, device=x.device).clamp_min(1e-12)
         stop = torch.exp(-outlier_mean).expand_as(x)[hit]
@@ -348,6 +359,10 @@ class CountAutoencoder(nn.Module):
     hidden, width, rank, head, dispersion, outliers, dropout, input_dropout, start
         See `CountRound` and `CountMap`.
     """
+
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor
+    library_range: torch.Tensor
 
     def __init__(self, n_genes: int, d: int = 30, *, n_cells: int = 1000, hidden: int = 256, width: int = 128, rank: int = 8,
                  head: str = "zinb", dispersion: str = "gene-cell", outliers: bool = True, dropout: float = 0.0,
@@ -419,7 +434,7 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
             counted += x.sum(0).double().cpu()
             expected += expected_counts(autoencoder.map(z, x.sum(dim=1, keepdim=True).log())).sum(0).double().cpu()
         step = torch.log((counted + 1.0) / (expected + 1.0)).clamp(-0.5, 0.5).float()
-        autoencoder.map.mean.bias += step.to(device)
+        autoencoder.map.mean.bias.add_(step.to(device))
     return step
 
 # %% ../nbs/01_counts.ipynb #c039

@@ -196,7 +196,7 @@ def _quiet() -> bool:
 
 def _why(error: Exception, url: str) -> str:
     """Why a download failed, in a few words."""
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"the server answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the transfer was cut off"
@@ -231,6 +231,8 @@ def fetch(name: str | DatasetInfo, *, base_url: str | None = None, progressbar: 
     """
     info = dataset_info(name)
     if info.kind == "bundled":
+        if not info.filename:
+            raise InputError(f"dataset {info.name!r} needs 'filename', that of a file which scanpy brings along")
         return Path(sc.datasets.__file__).parent / info.filename
     if not (info.url and info.filename):
         raise InputError(f"dataset {info.name!r} needs 'url' and 'filename' to be fetched")
@@ -331,6 +333,8 @@ def read_dataset(name: str | DatasetInfo, *, path: str | Path | None = None) -> 
                 adata = ad.AnnData(recover_counts(stored), obs=stored.obs[["bulk_labels", "louvain"]].copy(),
                                    var=pd.DataFrame(index=stored.raw.var_names))
             elif info.kind == "10x_mex":
+                if info.genome is None:
+                    raise InputError("its 'genome' is not known: name the folder of the archive that holds the matrix")
                 adata = _read_10x_mex(path, info.genome)
             elif info.kind == "10x_h5":
                 adata = sc.read_10x_h5(path, genome=info.genome)
@@ -758,13 +762,15 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
     InputError
         Unknown name, missing or unreadable file, wrong counts or labels; one line.
     """
-    known = isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()})
-    if not known and not str(source).endswith(".h5ad") and not Path(source).is_file():
-        dataset_info(str(source))  # raises, listing what is known
-    if known and layer is not None:
-        raise InputError(f"layer={layer!r} is for .h5ad files; dataset {dataset_info(source).name!r} has its counts in X")
-    info = dataset_info(source) if known else DatasetInfo(Path(source).stem, kind="h5ad", origin="user file")
-    path = fetch(info) if known else Path(source).expanduser()
+    if known := isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()}):
+        info = dataset_info(source)
+        if layer is not None:
+            raise InputError(f"layer={layer!r} is for .h5ad files; dataset {info.name!r} has its counts in X")
+        path = fetch(info)
+    else:
+        if not str(source).endswith(".h5ad") and not Path(source).is_file():
+            dataset_info(str(source))  # raises, listing what is known
+        info, path = DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
 
     def build() -> ad.AnnData:
         raw = read_dataset(info, path=path) if known else _read_h5ad(path)
@@ -781,7 +787,7 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
 
     if cache is False or not info.kind.startswith("10x") or labels is not None:
         return build()
-    return _cached(data_dir() if cache in (None, True) else Path(cache), info, path, build)
+    return _cached(data_dir() if cache is None or cache is True else Path(cache), info, path, build)
 
 
 def _cached(folder: Path, info: DatasetInfo, path: Path, build: Callable[[], ad.AnnData]) -> ad.AnnData:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class Team:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
-    control: object | None = None
+    control: "dist.ProcessGroup | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -261,7 +261,7 @@ class Team:
         mine = iter(made)
         for first in range(0, n, self.size):
             piece = next(mine) if first + self.rank < n else None
-            box = [None] * self.size if self.is_main else None
+            box: list[Any] | None = [None] * self.size if self.is_main else None
             with self._in_touch():
                 dist.gather_object(piece, box, dst=0, group=self.control)
             if box is not None:

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,7 +45,7 @@ class Part:
 
 # %% ../nbs/00_draws.ipynb #c014
 _PART: ContextVar[Part | None] = ContextVar("scld_part", default=None)
-Rows = TypeVar("Rows")
+Rows = TypeVar("Rows", np.ndarray, torch.Tensor)
 
 
 @contextmanager

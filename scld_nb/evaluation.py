@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -35,6 +36,7 @@ from scld_nb.metrics import (
     tsne,
 )
 from scld_nb.suite import (
+    Memorisation,
     cell_statistics,
     combined_auc,
     gene_correlation,
@@ -66,7 +68,7 @@ def _linear(adata: ad.AnnData, layer: str | None, name: str):
             raise InputError(f"{name}: {error}") from None
     if scale not in ("counts", "counts20k", "log1p20k"):
         raise InputError(f"{name}.uns['scld']['scale'] is {scale!r}: it must be 'counts', 'counts20k' or 'log1p20k'")
-    matrix = sp.csr_matrix(adata.X, dtype=np.float32, copy=True) if sp.issparse(adata.X) else np.array(adata.X, np.float32)
+    matrix: Any = sp.csr_matrix(adata.X, dtype=np.float32, copy=True) if sp.issparse(adata.X) else np.array(adata.X, np.float32)
     if sp.issparse(matrix):
         matrix.sum_duplicates()
     if scale != "log1p20k":
@@ -437,7 +439,7 @@ def make_controls(
     for space in spaces:
         step(f"{space}: positive control")
         m = mmd_bandwidth(_in_space(real, space), seed=seed)
-        options = {"bandwidth": m, "seed": seed, "n_trees": n_trees, "n_jobs": n_jobs, "n_judge": n_judge}
+        options: dict[str, Any] = {"bandwidth": m, "seed": seed, "n_trees": n_trees, "n_jobs": n_jobs, "n_judge": n_judge}
         positive = compare(_in_space(left, space), _in_space(right, space), **options)
         entry = {"bandwidth": m, "positive": {k: v[0] for k, v in positive.items()}, "negative": None}
         if negative:
@@ -516,8 +518,8 @@ def _purity_record(groups: dict, labels: dict, seed: int) -> dict:
 class _Group:
     "Cells in both spaces, their library sizes (None: not counts), and their labels (None: none)."
 
-    linear: object
-    log: object
+    linear: np.ndarray | sp.csr_matrix
+    log: np.ndarray | sp.csr_matrix
     library: np.ndarray | None = None
     labels: np.ndarray | None = None
 
@@ -528,11 +530,13 @@ class _Group:
         "Some of the cells."
         return _Group(*(None if part is None else part[rows] for part in (self.linear, self.log, self.library, self.labels)))
 
-    def counts(self):
+    def counts(self) -> np.ndarray | sp.csr_matrix:
         "The cells before they were rescaled."
+        assert self.library is not None                # asked of counts only
+        scale = self.library / TARGET_SUM
         if sp.issparse(self.linear):
-            return sp.csr_matrix(sp.diags_array(self.library / TARGET_SUM) @ self.linear, dtype=np.float32)
-        return self.linear * (self.library / TARGET_SUM)[:, None].astype(np.float32)
+            return sp.csr_matrix(sp.diags_array(scale) @ self.linear, dtype=np.float32)
+        return self.linear * scale[:, None].astype(np.float32)
 
 
 def _library(adata: ad.AnnData, genes: Sequence[str], layer: str | None) -> np.ndarray | None:
@@ -545,7 +549,8 @@ def _library(adata: ad.AnnData, genes: Sequence[str], layer: str | None) -> np.n
 def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, options: dict, step, what: str) -> dict:
     "All measures of two equal groups: (space, metric, cluster) -> (value, sd, n); and F1 of real training cells for `tstr`."
     forest, n, paired = options["forest"], len(left), options["paired"] and what == "synthetic"
-    seed, jobs, found = forest["seed"], forest["n_jobs"], {}
+    seed, jobs = forest["seed"], forest["n_jobs"]
+    found: dict = {}
     judged = [g.take(rows) for g, rows in zip((left, right), _judged(n, options["n_judge"], seed, paired))]
     m, counts = len(judged[0]), options["counts"]
 
@@ -580,7 +585,7 @@ def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, op
     return found
 
 
-def _copying(fake: _Group, train: _Group, heldout: _Group, seed: int) -> tuple[dict, object]:
+def _copying(fake: _Group, train: _Group, heldout: _Group, seed: int) -> tuple[dict, Memorisation]:
     "The measures of copying in the form of `_measure`, and the distances."
     found = memorisation(fake.log, train.log, heldout.log, seed=seed)
     values = {
@@ -637,7 +642,7 @@ def _suite_records(
         known[kind] = _suite_controls(real, train, chosen, options, step)
     positive, negative = ({tuple(r[:3]): r[3:] for r in known[kind][side]} if known[kind][side] else {} for side in ("positive", "negative"))
     found = _measure(real, fake, train, chosen, options, step, "synthetic")
-    copies = None
+    copies: Memorisation | None = None
     if train is not None:
         step("suite: copying, synthetic")
         values, copies = _copying(fake, train, real, seed)
@@ -650,10 +655,10 @@ def _suite_records(
         control, _, control_n = positive.get(key, (None, None, None))
         if metric == "tstr":
             control, _, control_n = found[space, "trtr", cluster]
-        elif metric == "distance_to_train":
+        elif metric == "distance_to_train" and copies is not None:
             control, control_n = found[space, "distance_to_heldout", cluster][0], copies.n
         is_auc = metric in _AUCS
-        m = min(n, copies.n_reference) if metric == "membership_auc" else n
+        m = min(n, copies.n_reference) if metric == "membership_auc" and copies is not None else n
         records.append({
             "space": space, "metric": metric, "cluster": cluster, "n": n, "value": value, "sd": sd, "control": control,
             "negative": negative[key][0] if key in negative and options["negative"] else None,
@@ -664,14 +669,14 @@ def _suite_records(
     return records, _details(real, fake, chosen, copies)
 
 
-def _details(real: _Group, fake: _Group, chosen: dict, copies) -> dict:
+def _details(real: _Group, fake: _Group, chosen: dict, copies: Memorisation | None) -> dict:
     "What the pictures of the suite are drawn from, small enough for a report file."
     some = np.unique(np.linspace(0, real.linear.shape[1] - 1, 3000).astype(int))
 
     def short(values) -> list:
         return [float(f"{v:.4g}") for v in values]
 
-    details = {"genes": {}, "correlation": {}}
+    details: dict[str, dict] = {"genes": {}, "correlation": {}}
     for name, group in (("real", real), ("synthetic", fake)):
         table = gene_statistics(group.linear).iloc[some]
         details["genes"][name] = {column: short(table[column]) for column in ("mean", "variance", "zeros")}
@@ -854,7 +859,7 @@ def evaluate(
     if paired and real.n_obs != synth.n_obs:
         raise InputError(f"paired cells need equal numbers, got {real.n_obs} real and {synth.n_obs} synthetic; leave paired out")
     rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}
-    forest = {"seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
+    forest: dict[str, Any] = {"seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
     options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired, "n_judge": n_judge}
     sizes = f"of {real.n_obs} real and {synth.n_obs} synthetic cells"
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees"]
@@ -884,12 +889,12 @@ def evaluate(
             if len(set(labels.get("train", ()))) > 1:
                 step("purity")
                 records.append(_purity_record(groups, labels, seed))
-        details = {}
+        details: dict = {}
         if suite:
-            sizes = {"real": _library(real, genes, layer), "synthetic": _library(synth, genes, None)}
+            libraries = {"real": _library(real, genes, layer), "synthetic": _library(synth, genes, None)}
             if train is not None:
-                sizes["train"] = _library(train, genes, layer)
-            found, details = _suite_records(groups, rows, labels, sizes, controls, options | {"labels_key": labels_key}, notes, step)
+                libraries["train"] = _library(train, genes, layer)
+            found, details = _suite_records(groups, rows, labels, libraries, controls, options | {"labels_key": labels_key}, notes, step)
             records += found
     names = {
         "dataset": dataset or real.uns.get("scld_data", {}).get("name", "data"),

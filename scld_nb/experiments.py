@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -326,7 +327,8 @@ class Study:
             given |= {"steps": steps or Budget.steps, "ae_steps": ae_steps or steps or Budget.ae_steps}
         self.budget = Budget(**(asdict(BUDGETS.get(self.name, Budget())) | {k: v for k, v in given.items() if v}))
         self.device, self.progress, self.options = device, progress, options
-        self._count_ae_steps = min(3000, ae_steps or steps) if ae_steps or steps else None      # else what suits the number of cells
+        asked = ae_steps or steps
+        self._count_ae_steps = min(3000, asked) if asked else None                              # else what suits the number of cells
         self.root = Path(root) if root else project_root()
         clock = f"-{self.budget.budget_s:g}s" if self.budget.budget_s else ""
         genes = f"-{self.train.n_vars}genes" if n_genes else ""
@@ -334,7 +336,9 @@ class Study:
         self.results = self.root / "results" / self.name
         self.models, self.drawn = (self.root / "runs" / kind / f"{self.name}{genes}{clock}" for kind in ("models", "cells"))
         self.n = self.test.n_obs
-        self.reused, self.done, self.written = [], [], []
+        self.reused: list[Path] = []
+        self.done: list[Path] = []
+        self.written: list[Path] = []
         self._models: dict = {}
         self._controls: dict = {}
         self._cluster_controls: dict = {}
@@ -372,7 +376,8 @@ class Study:
 
     def draws(self, name: str, seed: int) -> ad.AnnData:
         """Scored cells of a competitor, from its file if it ran before; see `scld_nb.baselines.compete`."""
-        b, options = self.budget, {}
+        b = self.budget
+        options: dict[str, Any] = {}
         if b.budget_s:
             options = {"budget_s": b.budget_s}
         elif b.baselines == "equal" and BASELINES[name].trains:
@@ -869,14 +874,14 @@ def figure4(study: Study, *, methods: Iterable[str] = tuple(FIGURE4_METHODS)) ->
             model = study.model("add", seed)
             stages = [(model.history[k]["seconds"], model.history[k]["steps"], full) for k, full in
                       (("autoencoder", Budget.ae_steps), ("denoiser", Budget.steps))]
-            device = model.device
+            device = str(model.device)
         else:
             history = json.loads(study.draws(method, seed).uns["competitor"])["history"]
             stages, device = [(history["train_seconds"], history["steps"], history["steps_published"])], study.device
         hours = sum(seconds / max(1, steps) * full for seconds, steps, full in stages) / 3600
         return {"records": [{"metric": "train_seconds", "space": "", "cluster": "all", "n": study.train.n_obs, "value": sum(s[0] for s in stages),
                              "steps": sum(s[1] for s in stages), "steps_published": sum(s[2] for s in stages), "hours_published": hours}],
-                "device_asked": str(device)}
+                "device_asked": device}
 
     return _lines([study.run("figure4", m, seed, lambda: make(m, seed), may_fail=m in BASELINES) for seed in study.seeds for m in methods])
 

@@ -84,6 +84,9 @@ class Embed(nn.Module):
     Section 3.2.2 of the paper; decision 20.
     """
 
+    means: torch.Tensor
+    coordinates: torch.Tensor
+
     def __init__(self, means: torch.Tensor, width: int = 256, *, hidden: int = 512, compact: bool = False):
         super().__init__()
         self.register_buffer("means", means.to(torch.float32))
@@ -189,6 +192,9 @@ class Denoiser(nn.Module):
     Section 3.2.2 of the paper; decisions 7 and 20.
     """
 
+    alpha_bar: torch.Tensor | None
+    fuse: CrossAttention | nn.Linear
+
     def __init__(self, means: torch.Tensor, d: int = 128, *, fusion: str = "add", e_width: int = 256,
                  widths: Sequence[int] = (512, 256, 128), dropout: float = 0.1, prediction: str = "eps",
                  alpha_bar: torch.Tensor | None = None, compact: bool = False):
@@ -203,7 +209,7 @@ class Denoiser(nn.Module):
         self.register_buffer("alpha_bar", None if alpha_bar is None else alpha_bar.float(), persistent=False)
         self.embed = Embed(means, e_width, compact=compact)
         self.unet = UNet(d + e_width if fusion == "cat" else d, d, widths=widths, dropout=dropout)
-        emb_width = self.unet.time[0].out_features
+        emb_width = self.unet.emb.in_features
         if fusion == "attn":
             self.fuse = CrossAttention(d, e_width)
         elif fusion != "cat":
@@ -252,6 +258,7 @@ class Denoiser(nn.Module):
         out = self.output(z, t, k, table)
         if self.prediction == "eps":
             return out
+        assert self.alpha_bar is not None                    # __init__ has seen to it
         a = self.alpha_bar[t].unsqueeze(-1)
         if self.prediction == "v":
             return a.sqrt() * out + (1.0 - a).sqrt() * z

@@ -139,8 +139,9 @@ class DiskCounts:
         whole = self._indptr.shape == (n_obs + 1,) and self._indptr[0] == 0 and (np.diff(self._indptr) >= 0).all()
         if not whole or not len(self._data) == len(self._indices) == self._indptr[-1]:
             raise self._damaged(f"data, indices and indptr of {self.slot} do not fit together")
-        self.shape, self._n_genes, self._rows, self._column = (n_obs, n_vars), n_vars, None, None
-        self.nnz = int(self._indptr[-1])
+        self.shape, self._n_genes, self.nnz = (n_obs, n_vars), n_vars, int(self._indptr[-1])
+        self._rows: np.ndarray | None = None
+        self._column: np.ndarray | None = None
 
     def take(self, *, rows: np.ndarray | None = None, genes: np.ndarray | None = None) -> "DiskCounts":
         """Some cells (ascending indices) and some genes (indices, in any order) of the same file."""
@@ -261,8 +262,8 @@ class DiskReader(CellReader):
                 self._scale[rows] = (self.target_sum / np.where(library > 0, library, 1.0)).astype(np.float32)
             self.gene_sums += np.bincount(part.indices, weights=part.data, minlength=self.n_vars)
             for digest, array in zip(digests, (part.data, part.indices, np.diff(part.indptr)), strict=True):
-                digest.update(np.ascontiguousarray(array).view(np.uint8))
-            if groups is not None:
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+            if self._sums is not None and self._groups is not None:
                 _add_by_group(self._sums, self._groups[rows], self._in_model_space(part, rows))
         if empty:
             raise InputError(f"{counts.slot} has {len(empty)} cells without a single count, e.g. {names(int(empty[0]))!r}; "
@@ -283,8 +284,9 @@ class DiskReader(CellReader):
 
     def group_sums(self, groups: np.ndarray, n_groups: int) -> np.ndarray:
         """Sums over the cells of each group in model space, float64, ``(n_groups, n_genes)``; free for the groups it was made with."""
-        if self._groups is not None and len(self._sums) == n_groups and np.array_equal(groups, self._groups):
-            return self._sums
+        known = self._sums
+        if known is not None and self._groups is not None and len(known) == n_groups and np.array_equal(groups, self._groups):
+            return known
         sums = np.zeros((n_groups, self.n_vars))
         for rows, part in self.counts.slices():
             _add_by_group(sums, np.asarray(groups)[rows], self._in_model_space(part, rows))
@@ -432,13 +434,13 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
     """
     if isinstance(source, DiskCells):
         return source
-    backed = isinstance(source, ad.AnnData)
-    if backed and source.is_view:
+    adata = source if isinstance(source, ad.AnnData) else None
+    if adata is not None and adata.is_view:
         raise InputError("a part of a backed AnnData cannot be read from disk; use open_cells(path).take(rows), or call .to_memory() first")
-    counts = DiskCounts(source.filename if backed else source, layer=layer)
+    counts = DiskCounts(source if adata is None else adata.filename, layer=layer)
     try:
-        if backed:
-            return DiskCells(counts, _checked_names(source.var_names, counts.slot, counts.shape[1]), known={c: source.obs[c] for c in source.obs})
+        if adata is not None:
+            return DiskCells(counts, _checked_names(adata.var_names, counts.slot, counts.shape[1]), known={c: adata.obs[c] for c in adata.obs})
         var, obs = counts._file["var"], counts._file["obs"]
         names = _checked_names(read_elem(var[var.attrs["_index"]]), counts.slot, counts.shape[1])
         if (n := len(obs[obs.attrs["_index"]])) != counts.shape[0]:
@@ -479,11 +481,11 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
                          f"with labels= (--labels); columns there: {', '.join(cells.columns) or 'none'}")
     named = _label_column(cells.obs(key), key)
     expressed, seen = np.zeros(cells.n_obs, dtype=np.int64), np.zeros(cells.n_vars, dtype=np.int64)
-    for rows, part in cells.counts.slices():
+    for some_rows, part in cells.counts.slices():
         _check_values(part.data, cells.counts.slot)
         some = part.data > 0
-        expressed[rows] = np.diff(np.concatenate([[0], np.cumsum(some)])[part.indptr])
-        passed = np.repeat(expressed[rows] >= min_genes, np.diff(part.indptr))
+        expressed[some_rows] = np.diff(np.concatenate([[0], np.cumsum(some)])[part.indptr])
+        passed = np.repeat(expressed[some_rows] >= min_genes, np.diff(part.indptr))
         seen += np.bincount(part.indices[some & passed], minlength=cells.n_vars)
     rows, genes = np.flatnonzero(expressed >= min_genes), np.flatnonzero(seen >= min_cells)
     if not len(rows) or not len(genes):
@@ -506,7 +508,8 @@ def split_on_disk(cells: DiskCells, *, seed: int = 0, most: int = TEST_CELLS) ->
     names = pd.DataFrame(cells.obs(key).assign(place=np.arange(cells.n_obs)))
     light = ad.AnnData(obs=names.set_axis(names.index.astype(str), axis=0), uns={"scld_data": cells.uns["scld_data"]})
     parts = split(light, n_test=most, seed=seed) if cells.n_obs * 0.2 > most else split(light, seed=seed)
-    return tuple(replace(cells.take(part.obs["place"].to_numpy()), uns=part.uns) for part in parts)
+    train, test = (replace(cells.take(part.obs["place"].to_numpy()), uns=part.uns) for part in parts)
+    return train, test
 
 # %% ../nbs/00_large.ipynb #c034
 SCRATCH = 2**26
@@ -598,11 +601,13 @@ class CellWriter:
         If the disk has no room for the next chunk.
     """
 
+    _file: h5py.File                                           # from __enter__ on
+
     def __init__(self, path: str | Path, *, chunk: int = 131_072, compress: bool = True):
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.uns: dict = {}
-        self.n_obs, self.nnz, self._chunk, self._file = 0, 0, chunk, None
+        self.n_obs, self.nnz, self._chunk = 0, 0, chunk
         self._filters = {"shuffle": True, "compression": "gzip", "compression_opts": 1} if compress else {}
 
     def __enter__(self) -> "CellWriter":
@@ -704,8 +709,8 @@ class CellWriter:
         self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
     def _put_categories(self, name: str) -> None:
-        group, own = self._file[f"obs/{name}"], self._categories[name]
-        final = sorted(own) if self._agreed[name] is None else list(self._agreed[name])
+        group, own, agreed = self._file[f"obs/{name}"], self._categories[name], self._agreed[name]
+        final = sorted(own) if agreed is None else list(agreed)
         place = {c: i for i, c in enumerate(final)}
         number = np.array([place[c] for c in own] + [-1], dtype=np.int32)
         codes = group["codes"]

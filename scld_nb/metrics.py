@@ -357,7 +357,10 @@ def _blocks(n: int, size: int = 1024) -> Iterator[slice]:
 
 def _kernel(squares: np.ndarray, bandwidth: float) -> np.ndarray:
     "Sum of the three Gaussian kernels of weight 1, from squared distances."
-    return sum(np.exp(squares / -(s * s)) for s in (bandwidth / 2, bandwidth, bandwidth * 2))
+    def one(s: float) -> np.ndarray:
+        return np.exp(squares / -(s * s))
+
+    return one(bandwidth / 2) + one(bandwidth) + one(bandwidth * 2)
 
 
 def _kernel_sum(a, b, bandwidth: float, centre: np.ndarray) -> float:

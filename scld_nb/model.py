@@ -15,9 +15,10 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Self, TypeAlias
 
 import anndata as ad
 import numpy as np
@@ -228,7 +229,7 @@ def make_config(preset: str = "default", **options) -> Config:
     for name in options:
         if name not in known:
             raise InputError(f"unknown setting {name!r}; known: {', '.join(known)}")
-    base = PAPER if preset == "paper" else MSE if options.get("head") == "mse" else {}
+    base: dict[str, Any] = PAPER if preset == "paper" else MSE if options.get("head") == "mse" else {}
     return Config(**(base | options))
 
 # %% ../nbs/08_model.ipynb #c016
@@ -388,13 +389,15 @@ def _same_autoencoder(path: Path, ae_steps: int, budget_s: float | None) -> None
         )
 
 # %% ../nbs/08_model.ipynb #c030
-Cells = ad.AnnData | DiskCells | str | Path
+Cells: TypeAlias = ad.AnnData | DiskCells | str | Path
 
 
-def _on_disk(cells: Cells, layer: str | None) -> DiskCells | None:
-    """Cells to be read from a file, or ``None`` for an AnnData whose counts are in memory (or a part of a backed one)."""
+def _opened(cells: Cells, layer: str | None) -> ad.AnnData | DiskCells:
+    """An AnnData as it is if its counts are in memory (or it is a part of a backed one); all else is left on disk."""
+    if isinstance(cells, DiskCells | str | Path):
+        return open_cells(cells, layer=layer)
     backed = isinstance(cells, ad.AnnData) and cells.isbacked and not cells.is_view
-    return open_cells(cells, layer=layer) if backed or isinstance(cells, DiskCells | str | Path) else None
+    return open_cells(cells, layer=layer) if backed else cells
 
 
 class _Parts:
@@ -415,29 +418,36 @@ class _Parts:
         self.seed = _whole("seed", seed, least=0)
         self.device = resolve_device(device)
         self.labels_key = labels_key
-        cells = _on_disk(adata, layer)
-        self.labels, self._codes = read_labels(adata if cells is None else cells.labelled(labels_key), labels_key)
-        self.label_counts = np.bincount(self._codes, minlength=len(self.labels)).tolist()
-        self.genes = [str(g) for g in (adata if cells is None else cells).var_names]
+        cells = _opened(adata, layer)
+        self.labels, self._codes = read_labels(cells.labelled(labels_key) if isinstance(cells, DiskCells) else cells, labels_key)
+        self.label_counts: list[int] = np.bincount(self._codes, minlength=len(self.labels)).tolist()
+        self.genes = [str(g) for g in cells.var_names]
         if any("\n" in g for g in self.genes):
             raise InputError("a name in var_names holds a line break; rename that gene")
-        space = {"target_sum": TARGET_SUM, "transform": self.config.transform}
-        if cells is None:
-            counts = counts_matrix(adata, layer=layer)
-            self._reader: CellReader | None = CellReader(counts, **space)
+        reader: CellReader
+        if isinstance(cells, DiskCells):
+            counts = reader = cells.reader(groups=self._codes, n_groups=len(self.labels), **self._space())
         else:
-            counts = self._reader = cells.reader(groups=self._codes, n_groups=len(self.labels), **space)
+            counts = counts_matrix(cells, layer=layer)
+            reader = CellReader(counts, **self._space())
+        self._reader: CellReader | None = reader
         self.history: dict[str, dict] = {}
         self.fingerprint = self._fingerprint(counts)
         _check_noise(self.config)
-        self._build(cluster_means(self._reader, self._codes, len(self.labels)), counts)
+        self._build(cluster_means(reader, self._codes, len(self.labels)), counts)
+
+    def _space(self) -> dict[str, Any]:
+        """The scale in which a reader delivers cells."""
+        return {"target_sum": TARGET_SUM, "transform": self.config.transform}
 
     def _fingerprint(self, counts: sparse.csr_matrix | DiskReader) -> str:
-        digest, on_disk = hashlib.sha256(), isinstance(counts, DiskReader)
-        if on_disk:                                            # other minibatches than in memory, hence another run
+        digest, parts = hashlib.sha256(), [self._codes]
+        if isinstance(counts, DiskReader):                     # other minibatches than in memory, hence another run
             digest.update(json.dumps([counts.digest, BLOCK, BUFFER, BUFFER_BYTES]).encode())
-        for part in (self._codes,) if on_disk else (counts.data, counts.indices, counts.indptr, self._codes):
-            digest.update(np.ascontiguousarray(part).view(np.uint8))
+        else:
+            parts = [counts.data, counts.indices, counts.indptr, self._codes]
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).view(np.uint8).data)
         digest.update(json.dumps([self.genes, self.labels, asdict(self.config)]).encode())
         return digest.hexdigest()
 
@@ -453,7 +463,7 @@ class _Parts:
                 out_act=c.out_act,
                 gene_means=torch.from_numpy(means[-1]),
             )
-        start = {} if counts is None else {"n_cells": len(self._codes), "start": count_start(counts)}
+        start: dict[str, Any] = {} if counts is None else {"n_cells": len(self._codes), "start": count_start(counts)}
         return CountAutoencoder(
             n_genes,
             c.latent,
@@ -501,20 +511,18 @@ class _Parts:
             if self._reader is None:
                 raise InputError("a loaded model holds no training cells; pass adata")
             return self._reader
-        if (cells := _on_disk(adata, layer)) is not None:
-            adata = cells
-        if not adata.var_names.is_unique:
+        cells = _opened(adata, layer)
+        if not cells.var_names.is_unique:
             raise InputError("var_names of adata repeat; call adata.var_names_make_unique()")
-        missing = [g for g in self.genes if g not in adata.var_names]
+        missing = [g for g in self.genes if g not in cells.var_names]
         if missing:
             raise InputError(
                 f"{len(missing)} of the model's {len(self.genes)} genes are missing in adata, "
                 f"e.g. {', '.join(missing[:3])}; pass cells with the same genes"
             )
-        space = {"target_sum": TARGET_SUM, "transform": self.config.transform}
-        if cells is not None:
-            return cells.take(genes=cells.var_names.get_indexer(self.genes)).reader(**space)
-        return CellReader(counts_matrix(adata[:, self.genes], layer=layer), **space)
+        if isinstance(cells, DiskCells):
+            return cells.take(genes=cells.var_names.get_indexer(self.genes)).reader(**self._space())
+        return CellReader(counts_matrix(cells[:, self.genes], layer=layer), **self._space())
 
     def _encoder_reader(self, reader: CellReader) -> CellReader:
         """The same cells as Round wants them: in model space, or as counts."""
@@ -553,7 +561,7 @@ class _Draws(_Parts):
 
         Counts are drawn on the device of the latents, so that another kind of device gives other draws of the same cells.
         """
-        if self.config.head != "mse":
+        if isinstance(self.autoencoder, CountAutoencoder):
             return self.autoencoder.draw(z, generator=torch.Generator(z.device).manual_seed(seed))
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
         return self.autoencoder.decode(z).clamp_max(most)
@@ -859,7 +867,9 @@ class _SamplesInChunks(_Samples):
         OSError
             If the disk is full.
         """
-        n, chunk_size, facts, pending = _whole("n", n), _whole("chunk_size", chunk_size), {}, None
+        n, chunk_size = _whole("n", n), _whole("chunk_size", chunk_size)
+        facts: dict[str, Any] = {}
+        pending: Future | None = None
         chunks = self.sample_chunks(n, label, chunk_size=chunk_size, seed=seed, progress=progress if n <= chunk_size else False, **options)
         if placed()[0] > 0:
             for _ in chunks:
@@ -874,7 +884,8 @@ class _SamplesInChunks(_Samples):
                     own = cells.uns["scld"]
                     facts = own | {"generated": facts.get("generated", 0) + own["generated"], "seed": seed}
                     bar.update(cells.n_obs)
-                pending.result()
+                if pending is not None:
+                    pending.result()
             if n > chunk_size:
                 facts |= {"chunk_size": chunk_size, "chunks": -(-n // chunk_size)}
             writer.uns = {"scld": facts}
@@ -903,7 +914,7 @@ class _Learns(_SamplesInChunks):
         budget_s: float | None = None,
         keep_partial: bool = True,
         progress: bool | None = None,
-    ) -> "SCLD":
+    ) -> Self:
         """Train Round/Map, then the denoiser on frozen latents (Algorithm 1), then the Scorer.
 
         Parameters
@@ -941,7 +952,8 @@ class _Learns(_SamplesInChunks):
             For numbers of steps or seconds that are not positive, a model without training cells, an autoencoder that does not fit, or
             checkpoints of another run.
         """
-        if self._reader is None:
+        reader = self._reader
+        if reader is None:
             raise InputError("a loaded model holds no training cells; construct SCLD(adata, ...) to train")
         c, folder = self.config, None if checkpoint_dir is None else Path(checkpoint_dir)
         max_steps, ae_steps = self.training_steps(max_steps, ae_steps)
@@ -953,7 +965,7 @@ class _Learns(_SamplesInChunks):
             raise InputError(f"the Scorer needs at least 10 training cells, got {len(self._codes)}; give more, or pass scorer=False")
         if team.is_main:
             self._note_what_is_little()
-        common = dict(
+        common: dict[str, Any] = dict(
             budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
             device=self.device,
@@ -976,23 +988,15 @@ class _Learns(_SamplesInChunks):
         if autoencoder is not None:
             self._take_autoencoder(autoencoder)
         else:
-            if resume and folder is not None and team.on_main(lambda: file("denoiser").exists()):
-                team.on_main(lambda: _same_autoencoder(file("autoencoder"), ae_steps, common["budget_s"]))
+            if resume and folder is not None and team.on_main((folder / "denoiser.safetensors").exists):
+                team.on_main(lambda: _same_autoencoder(folder / "autoencoder.safetensors", ae_steps, common["budget_s"]))
             done = train_autoencoder(
-                self.autoencoder, self._encoder_reader(self._reader), steps=ae_steps, checkpoint=file("autoencoder"),
+                self.autoencoder, self._encoder_reader(reader), steps=ae_steps, checkpoint=file("autoencoder"),
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
             )
             self._note("autoencoder", done, keep_partial, common["budget_s"])
-        spread, on_disk = None, isinstance(self._reader, DiskReader)
-        if on_disk:
-            latents, spread = self._latents_on_disk(folder)
-        elif c.head == "mse":
-            latents = fit_latent_statistics(self.autoencoder, self._reader, device=self.device)
-        else:
-            latents, spread = fit_count_statistics(
-                self.autoencoder, self._encoder_reader(self._reader), device=self.device
-            )
-        if c.standardize == "none" and not on_disk:
+        latents, spread = self._latents(reader, folder)
+        if c.standardize == "none" and not isinstance(reader, DiskReader):
             latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
             self.autoencoder.latent_mean.zero_()
             self.autoencoder.latent_std.fill_(1.0)
@@ -1012,15 +1016,19 @@ class _Learns(_SamplesInChunks):
         )
         self._note("denoiser", done, keep_partial, common["budget_s"])
         if scorer and not done.interrupted:
-            self._train_scorer(sampling_steps, progress)
+            self._train_scorer(reader, sampling_steps, progress)
         return self
 
-    def _latents_on_disk(self, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents of cells on disk, and their spreads with a count head; a memory map if they are many."""
-        if self.config.head != "mse":
-            return fit_count_statistics_on_disk(self.autoencoder, self._encoder_reader(self._reader), device=self.device, folder=folder)
-        standardize = self.config.standardize != "none"
-        return fit_latent_statistics_on_disk(self.autoencoder, self._reader, device=self.device, folder=folder, standardize=standardize), None
+    def _latents(self, reader: CellReader, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents of the training cells, and their spreads with a count head; of many cells on disk, a memory map."""
+        if isinstance(self.autoencoder, CountAutoencoder):
+            if isinstance(reader, DiskReader):
+                return fit_count_statistics_on_disk(self.autoencoder, reader.as_counts(), device=self.device, folder=folder)
+            return fit_count_statistics(self.autoencoder, self._encoder_reader(reader), device=self.device)
+        if isinstance(reader, DiskReader):
+            standardize = self.config.standardize != "none"
+            return fit_latent_statistics_on_disk(self.autoencoder, reader, device=self.device, folder=folder, standardize=standardize), None
+        return fit_latent_statistics(self.autoencoder, reader, device=self.device), None
 
     def _note_what_is_little(self) -> None:
         """Say what will work, but not as one might think."""
@@ -1073,9 +1081,9 @@ class _Learns(_SamplesInChunks):
                 f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3
             )
 
-    def _train_scorer(self, steps: int | None, progress: bool | None) -> None:
+    def _train_scorer(self, reader: CellReader, steps: int | None, progress: bool | None) -> None:
         """Fakes for the Scorer come from a generation run of their own: half holistic, half by label."""
-        n = min(self._reader.n_obs, self.config.scorer_cells)
+        n = min(reader.n_obs, self.config.scorer_cells)
         seed = counter_seed(self.seed, "fakes")
         k = self._conditions(n, None, 0.0, seed)
         k[: n // 2 if self.config.pre_guidance else n] = len(self.labels)
@@ -1085,7 +1093,7 @@ class _Learns(_SamplesInChunks):
             self.scorer = Scorer(len(self.genes)).to(self.device)
 
         def learn() -> dict:
-            real, seen = self._reader, fake
+            real, seen = reader, fake
             if self.config.head != "mse":
                 seen = CellReader(fake, target_sum=TARGET_SUM, transform=self.config.transform).read_sparse(slice(None))
             if isinstance(real, DiskReader):                   # few cells, visited often: they are read once
@@ -1166,7 +1174,7 @@ class SCLD(_Learns):
         with torch.no_grad():
             for b, block in enumerate(reader.blocks(2048)):
                 cells, seed = torch.from_numpy(block).to(self.device), counter_seed(self.seed, "reconstruct", b)
-                if self.config.head == "mse":
+                if isinstance(self.autoencoder, Autoencoder):
                     z = self.autoencoder.encode(cells)
                 else:
                     z, spread = self.autoencoder.posterior(cells)
@@ -1213,7 +1221,7 @@ class SCLD(_Learns):
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto") -> "SCLD":
+    def load(cls, folder: str | Path, *, device: str = "auto") -> Self:
         """Read a saved model; nothing in the folder is executed.
 
         Raises
@@ -1222,7 +1230,7 @@ class SCLD(_Learns):
             If the folder is no model, is damaged or unfinished, or comes from a later version.
         """
         model = cls.__new__(cls)
-        model.device, model._reader, model._codes = resolve_device(device), None, None
+        model.device, model._reader, model._codes = resolve_device(device), None, np.zeros(0, dtype=np.int64)
         try:
             config, labels, model.genes, tensors = read_folder(Path(folder))
             given = config["config"]

@@ -171,6 +171,7 @@ def _competitor_seconds(study: Study, name: str, speed: dict[str, float] | None)
     if not cls.trains:
         return 0.0
     published = make_baseline(name, device="cpu").steps_published(study.train.n_obs)
+    assert published is not None                        # whatever trains says so
     if b.budget_s:
         return round(min(b.budget_s, published * speed[name]), 1)
     if b.baselines == "equal":

@@ -127,9 +127,9 @@ def train_scorer(
             order_r, order_f = rng.permutation(train_real), rng.permutation(train_fake)
             for i in range(0, len(order_r), half):
                 x, y = batch(order_r[i : i + half], order_f[i : i + half])
-                loss = F.cross_entropy(scorer(x), y)
+                error = F.cross_entropy(scorer(x), y)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                error.backward()
                 optimizer.step()
             scorer.eval()
             with torch.no_grad():

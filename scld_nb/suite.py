@@ -671,16 +671,17 @@ def tstr(
     ----------
     Esteban et al. 2017, arXiv 1706.02633.
     """
-    groups = {"fake": (fake, fake_labels), "train": (train, train_labels), "real": (real, real_labels)}
-    groups = {k: (_cells(x, k), _labels_of(x, y, k)) for k, (x, y) in groups.items()}
+    given = {"fake": (fake, fake_labels), "train": (train, train_labels), "real": (real, real_labels)}
+    groups = {k: (_cells(x, k), _labels_of(x, y, k)) for k, (x, y) in given.items()}
     if len({x.shape[1] for x, _ in groups.values()}) != 1:
         raise InputError("fake, train and real differ in genes: give all three in the same gene order")
-    rng, picked = np.random.default_rng(seed), {"fake": [], "train": []}
+    rng = np.random.default_rng(seed)
+    picked: dict[str, list[np.ndarray]] = {"fake": [], "train": []}
     for label in np.unique(groups["fake"][1]):
         where = {k: np.flatnonzero(groups[k][1] == label) for k in picked}
         m = min(map(len, where.values()))
-        for k, rows in picked.items():
-            rows.append(rng.choice(where[k], m, replace=False))
+        for k, chosen in picked.items():
+            chosen.append(rng.choice(where[k], m, replace=False))
     rows = {k: np.sort(np.concatenate(v)) if v else np.zeros(0, int) for k, v in picked.items()}
     learned = {k: groups[k][1][r] for k, r in rows.items()}
     names = sorted(map(str, set(learned["fake"]) & set(groups["real"][1])), key=lambda t: (len(t), t))
@@ -688,7 +689,8 @@ def tstr(
         return {"tstr": {}, "trtr": {}, "n": {"all": len(rows["fake"])}}
     x_test, y_test = groups["real"]
     test = np.isin(y_test, names)
-    x_test, y_test, found = x_test[test], y_test[test], {}
+    x_test, y_test = x_test[test], y_test[test]
+    found: dict[str, dict[str, float]] = {}
     for name, k in (("tstr", "fake"), ("trtr", "train")):
         judge = label_classifier(groups[k][0][rows[k]], learned[k], n_pcs=n_pcs, seed=seed)
         with _threads(x_test):

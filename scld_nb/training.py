@@ -33,6 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .autoencoder import Autoencoder
+from .counts import CountAutoencoder
 from .data import CellReader, InputError
 from .distributed import Team, placed, this_team
 from .draws import draw_rows, own, working_on
@@ -286,14 +287,14 @@ class BlockShuffle:
             self._held[key] = self._load(self._order(key)[0]) if coming is None else coming.result()
         return self._held[key]
 
-    def _read_ahead(self, key: tuple[int, int]) -> None:
+    def _read_ahead(self, thread: ThreadPoolExecutor, key: tuple[int, int]) -> None:
         """Begin to read the buffer behind the given one."""
         epoch, place = key
         following = (epoch, place + 1) if place + 2 < len(self._plan(epoch)[1]) else (epoch + 1, 0)
         if following not in self._held and following not in self._coming:
             for old in self._coming.values():
                 old.cancel()
-            self._coming = {following: self._thread.submit(self._load, self._order(following)[0])}
+            self._coming = {following: thread.submit(self._load, self._order(following)[0])}
 
     def read(self, step: int) -> np.ndarray:
         """The cells of a step in model space: dense float32, ``(batch_size, n_genes)``."""
@@ -305,7 +306,7 @@ class BlockShuffle:
         self._held = {key: value for key, value in self._held.items() if key in dict(pieces)}
         parts = [self._buffer(key)[self._order(key)[1][places]] for key, places in pieces]
         if self._thread is not None and len(pieces) == 1:
-            self._read_ahead(pieces[0][0])
+            self._read_ahead(self._thread, pieces[0][0])
         return (parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")).toarray()
 
 
@@ -565,11 +566,13 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     """
     if lr_schedule not in LR_SCHEDULES:
         raise InputError(f"unknown lr_schedule {lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = tuple(p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
     average = [p.detach().clone() for p in parameters] if ema else []
     identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint}
-    result, losses, pending, saved = FitResult(), [], [], 0
+    losses: list[torch.Tensor] = []
+    pending: list[float] = []
+    result, saved = FitResult(), 0
     terminated, ctrl_c = threading.Event(), threading.Event()
     team = this_team(device)
     part = team.part(batch)
@@ -589,9 +592,10 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
             save_checkpoint(checkpoint, model, average, optimizer, meta)
 
     def begin() -> dict:
-        found = resume and checkpoint is not None and checkpoint.exists()
-        meta = load_checkpoint(checkpoint, model, average, optimizer, identity) if found else {}
-        return {"step": 0, "losses": [], "pending": [], "seconds": 0.0} | meta
+        meta = {"step": 0, "losses": [], "pending": [], "seconds": 0.0}
+        if resume and checkpoint is not None and checkpoint.exists():
+            meta |= load_checkpoint(checkpoint, model, average, optimizer, identity)
+        return meta
 
     def wish() -> tuple[bool, bool, float]:          # SIGTERM, Ctrl-C, share of the seconds that is used up
         spent = 0.0 if budget_s is None else (before + time.perf_counter() - began) / budget_s
@@ -601,7 +605,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     _start_alike(team, identity | {"steps": steps, "batch": batch}, model, average, optimizer)
     result.losses, pending, before, began = meta["losses"], meta["pending"], meta["seconds"], time.perf_counter()
     step = saved = start = meta["step"]
-    terminate, interrupt, spent = False, False, 0.0
+    terminate, interrupt, spent = 0.0, 0.0, 0.0      # the largest wishes of all processes, as numbers
     model.train()
     with progress_bar(steps, stage, show=show) as bar, torch.random.fork_rng(), stop_on_sigterm(terminated), \
             stop_on_ctrl_c(ctrl_c, echo_s=5.0 if team.size > 1 else 0.0), reduced_precision(device, precision):
@@ -662,7 +666,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     return result
 
 # %% ../nbs/05_training.ipynb #c056
-def train_autoencoder(autoencoder: Autoencoder, reader: CellReader, *, steps: int = 20_000, batch_size: int = 128,
+def train_autoencoder(autoencoder: Autoencoder | CountAutoencoder, reader: CellReader, *, steps: int = 20_000, batch_size: int = 128,
                       seed: int = 0, device: torch.device, **options) -> FitResult:
     """Fit Round and Map to the training cells by mean squared error.
 

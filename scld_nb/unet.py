@@ -156,9 +156,10 @@ class UNet(nn.Module):
         self.merge = nn.ModuleList(nn.Linear(2 * w, w) for w in widths[::-1])
         self.up = nn.ModuleList(nn.ModuleList(ResBlock(w) for _ in range(blocks)) for w in widths[::-1])
         self.grow = nn.ModuleList(nn.Linear(b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.leave = nn.Sequential(nn.LayerNorm(widths[0]), nn.SiLU(), nn.Linear(widths[0], d_out or d_in))
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
+        last = nn.Linear(widths[0], d_out or d_in)
+        self.leave = nn.Sequential(nn.LayerNorm(widths[0]), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
         """Predict noise.
@@ -192,14 +193,14 @@ class UNet(nn.Module):
             masks = iter(mask.split(self.block_widths, dim=1))
         h, skips = self.enter(z), []
         for level, blocks in enumerate(self.down):
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, next(embs), next(masks))
             skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)
         for level, blocks in enumerate(self.up):
             h = self.merge[level](torch.cat([h, skips.pop()], dim=1))
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, next(embs), next(masks))
             if level < len(self.grow):
                 h = self.grow[level](h)

@@ -280,6 +280,7 @@ def test_why_says_timeouts_plainly():
 
     assert data._why(requests.ReadTimeout("x"), "http://a/b") == "the server did not answer in time"
     assert data._why(OSError("disk\nfull"), "http://a/b") == "disk full"
+    assert data._why(requests.HTTPError("refused"), "http://a/b") == "refused"  # one without the server's answer
 
 
 # ---------------------------------------------------------------- the two formats
@@ -373,6 +374,15 @@ def test_wrong_shape_and_the_name_clash(tmp_path):
 def test_unknown_kind(tmp_path):
     with pytest.raises(InputError, match="known: 10x_mex, 10x_h5, bundled"):
         read_dataset(DatasetInfo("n", kind="csv"), path=tmp_path)
+
+
+def test_facts_that_a_kind_cannot_do_without(tmp_path):
+    with pytest.raises(InputError) as caught:
+        read_dataset(DatasetInfo("m", kind="10x_mex"), path=write_mex(tmp_path / "f", planted(30, 30, 2)[0]))
+    assert "its 'genome' is not known" in one_line(caught)
+    with pytest.raises(InputError) as caught:
+        fetch(DatasetInfo("b", kind="bundled"))
+    assert "dataset 'b' needs 'filename'" in one_line(caught)
 
 
 # ---------------------------------------------------------------- the embedded set

@@ -1,8 +1,15 @@
 """What an installation asks for, and that the files which describe the project agree with each other."""
+import os
+import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -83,3 +90,84 @@ def test_exported_modules_import_neither_nbdev_nor_fastcore():
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel and an archive of the sources, made from a copy of the files that go into them."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("build")
+    shutil.copytree(ROOT / "scld_nb", folder / "scld_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {file.suffix: file for file in (folder / "dist").iterdir()}
+
+
+def test_wheel_and_sources_say_that_the_package_has_types(built):
+    there = zipfile.ZipFile(built[".whl"]).namelist()
+    assert "scld_nb/py.typed" in there and "scld_nb/baselines/base.py" in there and not any("ipynb" in n for n in there)
+    with tarfile.open(built[".gz"]) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"scld_nb/py.typed", "settings.ini", "setup.py", "README.md", "LICENSE"} <= names
+
+
+# what follows "# wrong:" is what mypy must say of a line; of the others it must say nothing
+USER = """
+import anndata
+
+import scld_nb
+from scld_nb import SCLD, Config, InputError, Report, evaluate, save_report, write_html
+from scld_nb import SCDL  # wrong: attr-defined
+
+adata = anndata.read_h5ad("cells.h5ad")
+model = SCLD(adata, labels_key="cell_type", seed=1, head="nb")
+model.train(10)
+new = model.sample(5)
+again: SCLD = SCLD.load(model.save("folder")).train(max_steps=10, budget_s=2.5)
+config: Config = again.config
+print(config.latent + 1, [label.upper() for label in again.labels], sum(again.label_counts), new.X)
+for part in model.sample_chunks(100, "B", chunk_size=50, omega=1.0):
+    print(part.n_obs)
+report: Report = evaluate(adata, new, train=adata, labels_key="cell_type", suite=True)
+write_html(report, save_report(report, "report") / "report.html")
+try:
+    SCLD("cells.h5ad", "cell_type", device="cpu")
+except InputError as error:
+    print(scld_nb.__version__, error)
+
+SCLD(adata, labels_key=3)  # wrong: arg-type
+SCLD(adata, seed="1")  # wrong: arg-type
+model.train(steps=10)  # wrong: call-arg
+model.train("10")  # wrong: arg-type
+model.sample()  # wrong: call-arg
+model.sample("five")  # wrong: arg-type
+model.sample(5, labels="B")  # wrong: call-arg
+model.sampel(5)  # wrong: attr-defined
+print(config.latents)  # wrong: attr-defined
+config.latent = 3  # wrong: misc
+evaluate(adata, new, suites=True)  # wrong: call-arg
+text: str = model.get_latent_representation()  # wrong: assignment
+scld_nb.nonsense  # wrong: attr-defined
+"""
+
+
+def test_a_type_checker_knows_right_calls_of_the_installed_package_from_wrong_ones(built, tmp_path):
+    pytest.importorskip("mypy")
+    home = tmp_path / "venv"
+    venv.create(home)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    zipfile.ZipFile(built[".whl"]).extractall(site)
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    modules = [m.name for m in pkgutil.iter_modules(scld_nb.__path__) if not m.name.startswith("_")]
+    lines = [*USER.splitlines(), *(f"scld_nb.{name}" for name in modules)]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-anndata.*]\nignore_missing_imports = True\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(home / "bin" / "python"), "user.py"]
+    own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}     # or it would find this folder first
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    said = re.findall(r"^user\.py:(\d+): error: .*\[(.+)\]$", done.stdout, re.M)
+    wanted = [(str(i), line.partition("# wrong: ")[2]) for i, line in enumerate(lines, 1) if "# wrong: " in line]
+    assert said == wanted, done.stdout + done.stderr

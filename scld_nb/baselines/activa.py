@@ -109,8 +109,8 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).square().sum(1).mean()
 
 # %% ../../nbs/20_baselines.activa.ipynb #c019
-def encoder_loss(kl_real: torch.Tensor, kl_rec: torch.Tensor, kl_fake: torch.Tensor, reconstruction: torch.Tensor,
-                 classification: torch.Tensor, *, margin: float = 110.0, weight_margin: float = 0.25,
+def encoder_loss(kl_real: torch.Tensor, kl_rec: torch.Tensor, kl_fake: torch.Tensor, reconstruction: torch.Tensor | float,
+                 classification: torch.Tensor | float, *, margin: float = 110.0, weight_margin: float = 0.25,
                  weight_rec: float = 0.05) -> torch.Tensor:
     """What the encoder minimises: real cells near the prior, made ones at least ``margin`` from it, and good copies.
 
@@ -180,7 +180,7 @@ def introspective_step(encoder: Encoder, decoder: Decoder, actinn: Actinn, optim
     kl_real, kl_rec, kl_fake = (kl_divergence(*m).mean() for m in ((mu, logvar), encoder(rec.detach()), encoder(fake.detach())))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    (weight_rec * sum(copies)).backward(retain_graph=not detach_bug)            # reaches the decoder, and z
+    (weight_rec * (copies[0] + copies[1])).backward(retain_graph=not detach_bug)  # reaches the decoder, and z
     towards_prior = encoder_loss(kl_real, kl_rec, kl_fake, 0.0, 0.0, margin=margin, weight_margin=weight_margin)
     torch.autograd.backward([towards_prior, z], [None, z_cut.grad])             # and both go on into the encoder
     optimizers[0].step()

@@ -62,11 +62,12 @@ class Generator(nn.Module):
         super().__init__()
         self.noise = noise
         sizes = [noise, *widths]
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], widths, strict=True))
+        linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], widths, strict=True)]
+        self.linears = nn.ModuleList(linears)
         self.norms = nn.ModuleList(nn.BatchNorm1d(w, eps=1e-5, momentum=1e-3) for w in widths)
         self.out = nn.Linear(sizes[-1], n_genes)
         self.library = LibrarySizeLayer()
-        for linear in self.linears:
+        for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
         nn.init.normal_(self.out.weight, std=math.sqrt(4.0 / (sizes[-1] + n_genes)))
         nn.init.zeros_(self.out.bias)
@@ -97,9 +98,10 @@ class Critic(nn.Module):
     def __init__(self, n_genes: int, *, widths: tuple[int, ...] = (1024, 512, 256)):
         super().__init__()
         self.first = nn.Linear(n_genes, widths[0])
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.out = nn.Linear(widths[-1], 1)
-        for linear in (self.first, *self.linears, self.out):
+        linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        self.linears, out = nn.ModuleList(linears), nn.Linear(widths[-1], 1)
+        self.out: nn.Module = out                       # a conditional critic has another
+        for linear in (self.first, *linears, out):
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
 
@@ -174,7 +176,7 @@ def critic_loss(critic: Critic, real: torch.Tensor, fake: torch.Tensor, a: torch
     """
     h_real, h_fake = critic.first(torch.cat([real, fake])).chunk(2)
     h = torch.lerp(h_real, h_fake, a)
-    both = None if classes is None else torch.cat([classes, fake_classes])
+    both = None if classes is None or fake_classes is None else torch.cat([classes, fake_classes])
     real_scores, fake_scores = critic.rest(torch.cat([h_real, h_fake]), both).chunk(2)
     slope, = torch.autograd.grad(critic.rest(h, classes).sum(), h, create_graph=True)
     norm = torch.linalg.vector_norm(slope @ critic.first.weight, dim=1)
@@ -273,7 +275,8 @@ class ScGAN(Baseline):
         n_cells, n_genes = counts.shape
         self._check(n_cells, n_genes)
         with self._seeded("init"):
-            self.generator, self.critic = (network.to(self.device) for network in self._networks(n_genes))
+            generator, critic = self._networks(n_genes)
+            self.generator, self.critic = generator.to(self.device), critic.to(self.device)
         self._train(CellReader(counts, transform="none"))
         self._settle_statistics(min(self.batch_size, n_cells))
         self.generator.zero_grad()                      # gradients and the critic have done their work

@@ -7,6 +7,7 @@ __all__ = ['image_side', 'fold', 'unfold', 'CellGenerator', 'CellCritic', 'equil
 
 # %% ../../nbs/20_baselines.scigans.ipynb #c002
 import math
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -244,7 +245,7 @@ class ScIGANs(Baseline):
             lone = self.labels[int(self.label_counts.argmin())]
             raise InputError(f"{self.name} needs 2 cells of every label, {lone!r} has 1; drop or merge it")
         self.generator, critic = self._networks(n_genes)
-        adam = {"lr": self.lr, "betas": (0.5, 0.999), "fused": True}
+        adam: dict[str, Any] = {"lr": self.lr, "betas": (0.5, 0.999), "fused": True}
         adam_g, adam_d = torch.optim.Adam(self.generator.parameters(), **adam), torch.optim.Adam(critic.parameters(), **adam)
         codes, k = torch.from_numpy(self.codes), 0.0
         noise = torch.Generator().manual_seed(counter_seed(self.seed, self.name, "noise"))

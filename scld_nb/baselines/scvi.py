@@ -200,10 +200,10 @@ class ScVI(Baseline):
 
         class Follower(Callback):
             def on_train_start(self, trainer, pl_module):
-                self.step = next(steps)
+                self.step: int | None = next(steps)
 
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-                if self.step % 50 == 0:
+                if self.step is not None and self.step % 50 == 0:
                     note(self.step, loss=float(outputs["loss"].detach()))
                 self.step = next(steps, None)
                 trainer.should_stop = self.step is None

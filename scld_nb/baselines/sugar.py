@@ -243,7 +243,7 @@ def diffusion(new: np.ndarray, points: np.ndarray, sparsity: np.ndarray, *, k: i
     """
     distances = cdist(new, points)
     to_old = _adaptive_kernel(distances.T, k, truncate).T
-    return Diffusion(to_old.tocsr() if truncate else to_old, _adaptive_kernel(distances, k, truncate), np.asarray(sparsity))
+    return Diffusion(sp.csr_matrix(to_old) if truncate else to_old, _adaptive_kernel(distances, k, truncate), np.asarray(sparsity))
 
 
 def rescale(new: np.ndarray, points: np.ndarray, *, quantile: float = 0.95) -> np.ndarray:
@@ -369,9 +369,9 @@ class SugarBaseline(Baseline):
         for key, value, least in (("n_pcs", n_pcs, 1), ("max_cells", max_cells, MIN_CELLS), ("k", k, 2), ("t", t, 0)):
             if value < least:
                 raise InputError(f"{key} is {value}: give a whole number of at least {least}")
-        for key, value, known in (("bandwidth", bandwidth, BANDWIDTHS), ("transform", transform, TRANSFORMS)):
-            if value not in known:
-                raise InputError(f"unknown {key} {value!r}; known: {', '.join(known)}")
+        for key, choice, known in (("bandwidth", bandwidth, BANDWIDTHS), ("transform", transform, TRANSFORMS)):
+            if choice not in known:
+                raise InputError(f"unknown {key} {choice!r}; known: {', '.join(known)}")
         self.n_pcs, self.max_cells, self.k, self.bandwidth = int(n_pcs), int(max_cells), int(k), bandwidth
         self.equalize, self.t, self.truncate, self.transform = bool(equalize), int(t), bool(truncate), transform
 
@@ -397,14 +397,15 @@ class SugarBaseline(Baseline):
         self._axes, self._mean = pca.components_.astype(np.float64), np.asarray(pca.mean_, dtype=np.float64).ravel()
         self._scores = np.asarray(x @ self._axes.T) - self._mean @ self._axes.T
         profile = np.bincount(scaled.indices, weights=scaled.data, minlength=n_genes)
-        self._profile, self._fits = TARGET_SUM * profile / profile.sum(), {}
+        self._profile = TARGET_SUM * profile / profile.sum()
+        self._fits: dict[int | None, SugarFit] = {}
         self._fit_of(None)
 
     def _fit_of(self, code: int | None) -> SugarFit:
         """SUGAR's view of all cells, or of a label's; made when first asked for."""
         if code not in self._fits:
             rows = np.arange(len(self.codes)) if code is None else np.flatnonzero(self.codes == code)
-            if len(rows) < MIN_CELLS:
+            if code is not None and len(rows) < MIN_CELLS:
                 raise InputError(f"label {self.labels[code]!r} has {len(rows)} training cells, {self.name} needs {MIN_CELLS}; "
                                  "leave it out, or sample without a label")
             if len(rows) > self.max_cells:
