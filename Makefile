@@ -64,7 +64,7 @@ unlocked:
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	.venv-lock/bin/uv pip compile --quiet --no-cache --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate --no-emit-index-url \
 		-c constraints.txt --extra dev --extra docs setup.py -o .venv-lock/all
 	# torch comes in many builds, with many packages for CUDA: those are the user's choice
 	awk '/^[^ ]/ { keep = !/^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ } keep' .venv-lock/all > requirements.lock

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'kernel_app', 'speaks', 'say', 'note_if_left_alone', 'parse_setting', 'check_folder', 'check_output',
-           'write_cells', 'check_model_folder', 'already_trained', 'check_space', 'drop_checkpoints', 'datasets',
+           'write_cells', 'check_model_folder', 'training_there', 'check_space', 'drop_checkpoints', 'datasets',
            'say_how_to_resume', 'train', 'load_backed', 'write_backed', 'sample', 'evaluate', 'kernel_install', 'main']
 
 # %% ../nbs/40_cli.ipynb #c004
@@ -114,7 +114,7 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 # %% ../nbs/40_cli.ipynb #c017
 def check_folder(folder: Path) -> None:
-    """Try whether a folder can be made, if need be, and a file be written there; nothing stays.
+    """Try whether a file can be written to a folder, or to the nearest one above if it is still to be made; nothing stays.
 
     Raises
     ------
@@ -123,17 +123,11 @@ def check_folder(folder: Path) -> None:
     """
     from scld_nb.data import InputError
 
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
             pass
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}); choose another with -o") from None
-    finally:
-        for path in made:  # whoever writes makes it again
-            with suppress(OSError):
-                path.rmdir()
 
 # %% ../nbs/40_cli.ipynb #c018
 def check_output(path: Path) -> None:
@@ -160,58 +154,73 @@ def write_cells(adata: "AnnData", path: Path) -> None:
     except ImportError:                                        # anndata 0.10
         from anndata.experimental import write_elem
 
+    from scld_nb.files import replacing
+
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/40_cli.ipynb #c022
 def check_model_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder whose model or unfinished training would be lost, unless that is asked for."""
+    """Refuse what is no folder or cannot be written to, and options that contradict each other."""
     from scld_nb.data import InputError
 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder with -o")
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one of them")
-    finished, begun = (folder / "config.json").exists(), any((folder / "checkpoints").glob("*.safetensors"))
-    if (finished or begun) and not (resume or overwrite):
-        what = "a model" if finished else "an unfinished training"
-        raise InputError(
-            f"there is {what} in {folder}; give --resume to go on with it, --overwrite to replace it, or another folder"
-        )
     check_folder(folder)
 
 # %% ../nbs/40_cli.ipynb #c024
-def already_trained(folder: Path, model, steps: int, ae_steps: int) -> bool:
-    """Whether ``folder`` holds the finished result of just this training.
+def training_there(folder: Path, model, steps: int, ae_steps: int, *, resume: bool = False) -> str:
+    """What ``folder`` holds of this training: ``"finished"``, ``"begun"``, or nothing (``""``).
+
+    Parameters
+    ----------
+    folder
+        Folder of the model.
+    model
+        The model that is to be trained.
+    steps, ae_steps
+        Numbers of steps that are to be done.
+    resume
+        Take any unfinished training for this one; chapter 05 refuses what cannot be continued.
 
     Raises
     ------
     InputError
-        If it holds a finished model of another one: its checkpoints are gone, so it cannot be continued.
+        If it holds another training, finished or not.
     """
     from scld_nb.data import InputError
     from scld_nb.model import SCLD
 
-    if not (folder / "config.json").exists() or any((folder / "checkpoints").glob("*.safetensors")):
-        return False
-    found = SCLD.load(folder, device="cpu")
-    done = {"autoencoder": ae_steps, "denoiser": steps}
-    if (found.fingerprint, found.seed) == (model.fingerprint, model.seed) and all(
-        found.history[k]["steps"] == v for k, v in done.items()
-    ):
-        return True
-    raise InputError(
-        f"the model in {folder} is finished and was trained on other cells, settings, steps or another seed; "
-        "give --overwrite to replace it, or another folder"
-    )
+    finished, begun = (folder / "config.json").exists(), any((folder / "checkpoints").glob("*.safetensors"))
+    if finished:
+        try:
+            found = SCLD.load(folder, device="cpu")
+        except InputError:
+            if not begun:
+                raise
+        else:
+            done = {"autoencoder": ae_steps, "denoiser": steps}
+            same = (found.fingerprint, found.seed) == (model.fingerprint, model.seed)
+            if same and all(found.history[k]["steps"] == v for k, v in done.items()):
+                return "finished"
+    if begun and (resume or model.has_checkpoints(folder / "checkpoints", steps, ae_steps)):
+        return "begun"
+    if begun:
+        raise InputError(
+            f"there is an unfinished training in {folder}, of other cells, settings, steps or another seed; give --resume to go on with it "
+            "if it can be, --overwrite to replace it, or another folder"
+        )
+    if finished:
+        raise InputError(
+            f"the model in {folder} is finished and was trained on other cells, settings, steps or another seed; "
+            "give --overwrite to replace it, or another folder"
+        )
+    return ""
 
 # %% ../nbs/40_cli.ipynb #c026
 def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | None = None) -> None:
@@ -241,7 +250,8 @@ def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | N
 def drop_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a finished or replaced training, and what a killed process left half-written."""
     checkpoints = folder / "checkpoints"
-    for file in [*checkpoints.glob("*.safetensors"), *checkpoints.glob("*.safetensors.*.tmp"), *folder.glob(".*.tmp")]:
+    left = ("*.safetensors", "*.safetensors.*.tmp", ".tmp*")  # the last are of the library safetensors
+    for file in [*(f for pattern in left for f in checkpoints.glob(pattern)), *folder.glob(".*.tmp")]:
         file.unlink(missing_ok=True)
     with suppress(OSError):
         checkpoints.rmdir()
@@ -329,7 +339,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random in training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the training that was interrupted in MODEL_DIR.")
+        bool, typer.Option("--resume", help="Go on with the training that was interrupted in MODEL_DIR, even to another number of steps.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in MODEL_DIR.")] = False,
     ae_steps: Annotated[
@@ -373,11 +383,12 @@ def train(
     parts = dict(zip(("train", "test"), (split_on_disk if backed else default_split)(cells))) if split else {"train": cells}
     model = SCLD(parts["train"], key, preset=preset, device=device, seed=seed, **options)
     steps, ae_steps = model.training_steps(steps, ae_steps)
-    if resume and team.on_main(lambda: already_trained(output, model, steps, ae_steps)):
+    there = "" if overwrite else team.on_main(lambda: training_there(output, model, steps, ae_steps, resume=resume))
+    if there != "begun":
+        team.on_main(lambda: drop_checkpoints(output))
+    if there == "finished":
         say(f"the model in {output} is trained already; nothing to do")
         return
-    if overwrite:
-        team.on_main(lambda: drop_checkpoints(output))
     kept = (2 * parts["test"].n_obs if split else 0) if backed else None
     team.on_main(lambda: check_space(output, model, cells, kept))
     say(
@@ -386,19 +397,21 @@ def train(
         + f"on {model.device}"
         + (f", shared by {team.size} processes" if team.size > 1 else "")
     )
+    if there == "begun":
+        say(f"going on with what was begun in {output}")
     with say_how_to_resume():
         model.train(
             steps,
             ae_steps=ae_steps,
             checkpoint_dir=output / "checkpoints",
             checkpoint_every=checkpoint_every,
-            resume=resume,
+            resume=there == "begun",
             keep_partial=False,
         )
 
     def write() -> None:
-        for name in ("train", "test"):
-            (output / f"{name}.h5ad").unlink(missing_ok=True)
+        for name in ("config.json", "train.h5ad", "test.h5ad"):  # until the last file is there, this is no model
+            (output / name).unlink(missing_ok=True)
         if split:
             for name, part in parts.items():
                 if backed:

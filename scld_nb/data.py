@@ -33,6 +33,8 @@ import scipy.io
 import scipy.sparse as sp
 from tqdm import tqdm
 
+from .files import replacing
+
 # %% ../nbs/00_data.ipynb #c004
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -190,6 +192,15 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _as_known(path: Path, known: str | None) -> bool:
+    """Whether a file has the expected checksum; every file has it if none is known."""
+    if known is None:
+        return True
+    algorithm, _, value = known.partition(":")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() == value.lower()
+
+
 def _quiet() -> bool:
     return bool(os.environ.get("IN_TEST") or os.environ.get("TQDM_DISABLE"))
 
@@ -241,18 +252,19 @@ def fetch(name: str | DatasetInfo, *, base_url: str | None = None, progressbar: 
         url = base_url.rstrip("/") + urlsplit(url).path
     show = not _quiet() if progressbar is None else progressbar
     get = pooch.HTTPDownloader(progressbar=show, chunk_size=1 << 16, headers={"User-Agent": "scld_nb (python-requests)"})
-    logger = pooch.get_logger()
-    level = logger.level
-    logger.setLevel("WARNING")
+    file = folder.absolute() / info.filename
     try:
-        return Path(pooch.retrieve(url, info.known_hash, fname=info.filename, path=folder, downloader=get))
+        if not file.exists() or not _as_known(file, info.known_hash):
+            with replacing(file) as temporary:
+                get(url, str(temporary), None)
+                if not _as_known(temporary, info.known_hash):
+                    raise ValueError("wrong hash")
+        return file
     except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
         damaged = f"{info.filename!r} is there with a wrong checksum, and " if (folder / info.filename).is_file() else ""
         raise DownloadError(
             f"cannot fetch dataset {info.name!r}: {damaged}{_why(error, url)}; URL {url}; expected {info.known_hash or 'any checksum'}; "
             f"try again, or get the file by hand and put it as {info.filename!r} into {folder}, or name a mirror in SCLD_MIRROR") from None
-    finally:
-        logger.setLevel(level)
 
 # %% ../nbs/00_data.ipynb #c022
 def _read_10x_mex(path: Path, genome: str) -> ad.AnnData:
@@ -800,16 +812,11 @@ def _cached(folder: Path, info: DatasetInfo, path: Path, build: Callable[[], ad.
         except InputError:
             pass  # damaged: made anew below
     out = build()
-    partial = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        out.write_h5ad(partial)
-        os.replace(partial, file)
+        with replacing(file) as temporary:
+            out.write_h5ad(temporary)
     except OSError as error:
         warnings.warn(f"the clustered data set is not kept for next time: {_one_line(error)}", stacklevel=3)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/00_data.ipynb #c063

@@ -10,7 +10,6 @@ import hashlib
 import html
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from .data import TARGET_SUM, InputError, counts_matrix
+from .files import replacing
 from scld_nb.metrics import (
     auc_null_sd,
     label_classifier,
@@ -149,15 +149,8 @@ COLUMNS = [
 
 def _write(path: Path, text: str) -> None:
     "Write a whole file or none: to a temporary name in the same folder first."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/10_evaluation.ipynb #c015
 @dataclass

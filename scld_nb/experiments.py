@@ -13,9 +13,9 @@ __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', '
 
 # %% ../nbs/30_experiments.ipynb #c002
 import json
-import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +37,7 @@ from . import data
 from .baselines import BASELINES, TITLES, compete, installed_baselines, remaining
 from .data import InputError
 from .evaluation import SPACES, evaluate, expression, make_controls
+from .files import alone_in, replacing
 from .metrics import auc_null_sd, label_classifier, purity, rf_aucs, tsne
 from .model import SCLD, make_config
 from .plots import paper_vs_ours, save_figure, training_times
@@ -62,13 +63,8 @@ def write_json(path: str | Path, record: dict) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file under a temporary name, then rename it; it is never half there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -123,7 +119,7 @@ def provenance(device: torch.device | str = "cpu", *, root: str | Path | None = 
 def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, steps: int, ae_steps: int | None = None, seed: int = 0,
                   device: str = "auto", share: SCLD | None = None, scorer: bool = True, sampling_steps: int | None = None,
                   budget_s: float | None = None, progress: bool | None = None, **options) -> tuple[SCLD, bool]:
-    """A trained model from ``folder``, or trained now and saved there; an interrupted training goes on.
+    """A trained model from ``folder``, or trained now and saved there; an interrupted training goes on, one that another process has begun is waited for.
 
     Parameters
     ----------
@@ -140,25 +136,29 @@ def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, ste
     """
     folder = Path(folder)
     model = SCLD(train, labels_key, seed=seed, device=device, **options)
-    asked = dict(zip(("steps", "ae_steps"), model.training_steps(steps, ae_steps)))
-    if (folder / "config.json").exists():
-        found = json.loads((folder / "config.json").read_text("utf-8"))
-        done = {"steps": found["history"]["denoiser"]["steps"], "ae_steps": found["history"]["autoencoder"]["steps"]}
-        complete = "scorer" in found["history"] or not scorer
-        same_clock = found["history"]["denoiser"].get("budget_s") == (None if budget_s is None else budget_s / 2)
-        enough = done == asked or (budget_s is not None and all(done[k] <= asked[k] for k in asked))
-        if found["fingerprint"] == model.fingerprint and found["seed"] == seed and same_clock and enough and complete:
-            return SCLD.load(folder, device=device), True
     checkpoints = folder / "checkpoints"
-    model.train(steps, ae_steps=ae_steps, scorer=scorer, autoencoder=share, checkpoint_dir=checkpoints, resume=True,
-                sampling_steps=sampling_steps, budget_s=budget_s, progress=progress)
-    model.save(folder)
-    write_json(folder / "provenance.json", provenance(model.device))
-    for file in checkpoints.glob("*.safetensors"):
-        file.unlink()
-    if checkpoints.exists():
-        checkpoints.rmdir()
-    return model, False
+    with alone_in(folder):
+        found = _is_trained(folder, model, model.training_steps(steps, ae_steps), scorer, budget_s)
+        if not found:
+            resume = model.has_checkpoints(checkpoints, steps, ae_steps, budget_s=budget_s)
+            model.train(steps, ae_steps=ae_steps, scorer=scorer, autoencoder=share, checkpoint_dir=checkpoints, resume=resume,
+                        sampling_steps=sampling_steps, budget_s=budget_s, progress=progress)
+            write_json(folder / "provenance.json", provenance(model.device))
+            model.save(folder)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return (SCLD.load(folder, device=device) if found else model), found
+
+
+def _is_trained(folder: Path, model: SCLD, steps: tuple[int, int], scorer: bool, budget_s: float | None) -> bool:
+    """Whether a folder holds the finished result of just this training."""
+    if not (folder / "config.json").exists():
+        return False
+    found = json.loads((folder / "config.json").read_text("utf-8"))
+    done, asked = tuple(found["history"][stage]["steps"] for stage in ("denoiser", "autoencoder")), tuple(steps)
+    complete = "scorer" in found["history"] or not scorer
+    same_clock = found["history"]["denoiser"].get("budget_s") == (None if budget_s is None else budget_s / 2)
+    enough = done == asked or (budget_s is not None and all(d <= a for d, a in zip(done, asked)))
+    return (found["fingerprint"], found["seed"]) == (model.fingerprint, model.seed) and same_clock and enough and complete
 
 # %% ../nbs/30_experiments.ipynb #c018
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
 from pathlib import Path
@@ -39,6 +40,7 @@ from scld_nb.data import (
     file_sha256,
     split,
 )
+from .files import replacing
 
 try:
     from anndata.io import read_elem, write_elem
@@ -605,26 +607,22 @@ class CellWriter:
 
     def __init__(self, path: str | Path, *, chunk: int = 131_072, compress: bool = True):
         self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.uns: dict = {}
         self.n_obs, self.nnz, self._chunk = 0, 0, chunk
         self._filters = {"shuffle": True, "compression": "gzip", "compression_opts": 1} if compress else {}
 
     def __enter__(self) -> "CellWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._temporary, "w")
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replacing(self.path))
+            self._file = stack.enter_context(h5py.File(self._temporary, "w"))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._finish()
-            self._file.close()
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        with self._open:
+            if error is not None:
+                raise error
+            self._finish()
 
     def _room(self, size: int) -> None:
         if shutil.disk_usage(self._temporary.parent).free < size + 2**20:

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy import sparse
 
@@ -33,6 +32,7 @@ from .autoencoder import Autoencoder, encode_cells, fit_latent_statistics, fit_l
 from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .distributed import placed, this_team
+from .files import replacing
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
 from .large import CellWriter, DiskCells, DiskReader, open_cells
 from .sampling import SAMPLERS, VARIANCES, default_steps, guided_sampler, sample_latents
@@ -45,6 +45,7 @@ from scld_nb.training import (
     LR_SCHEDULES,
     PRECISIONS,
     FitResult,
+    checkpoint_facts,
     counter_seed,
     progress_bar,
     reduced_precision,
@@ -282,12 +283,8 @@ PARTS = ("weights.safetensors", "genes.txt", "labels.json")
 
 def _replace(path: Path, put: Callable[[Path], object]) -> None:
     """Write through a temporary name in the same folder, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         put(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_folder(
@@ -374,11 +371,9 @@ def _check_noise(config: Config) -> None:
 
 def _same_autoencoder(path: Path, ae_steps: int, budget_s: float | None) -> None:
     """Refuse to continue a denoiser on latents that would change beneath it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["meta"])
-            step = meta["step"]
-    except (OSError, SafetensorError, KeyError, ValueError):
+    meta = checkpoint_facts(path)
+    step = meta.get("step")
+    if step is None:
         return  # absent or damaged: chapter 05 deals with it
     if budget_s is not None and meta.get("seconds", 0.0) >= budget_s:
         return  # over by the clock
@@ -1050,6 +1045,23 @@ class _Learns(_SamplesInChunks):
         if ae_steps is not None:
             return steps, _whole("ae_steps", ae_steps)
         return steps, steps if mse else count_autoencoder_steps(sum(self.label_counts), self.config.batch_size)
+
+    def has_checkpoints(self, folder: str | Path, max_steps: int | None = None, ae_steps: int | None = None, *, budget_s: float | None = None) -> bool:
+        """Whether a folder holds checkpoints of just this training: the same cells, settings and seed, as many steps and seconds.
+
+        Parameters
+        ----------
+        folder
+            The ``checkpoint_dir`` of `train`.
+        max_steps, ae_steps, budget_s
+            Of `train`.
+        """
+        steps, ae_steps = self.training_steps(max_steps, ae_steps)
+        files = {stage: Path(folder) / f"{stage}.safetensors" for stage in ("autoencoder", "denoiser")}
+        own = {"fingerprint": self.fingerprint, "seed": self.seed, "budget_s": None if budget_s is None else budget_s / 2}
+        wanted = {"autoencoder": own | {"steps": ae_steps}, "denoiser": own | {"steps": steps}}
+        found = {stage: checkpoint_facts(file) for stage, file in files.items() if file.exists()}
+        return bool(found) and all({k: facts.get(k) for k in wanted[stage]} == wanted[stage] for stage, facts in found.items())
 
     def _take_autoencoder(self, other: "SCLD") -> None:
         """Round and Map of another model, if they fit."""

@@ -8,8 +8,6 @@ __all__ = ['GREY', 'RED', 'BLUE', 'BLACK', 'save_figure', 'tsne_pair', 'figure5'
 
 # %% ../nbs/11_plots.ipynb #c002
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from matplotlib.figure import Figure
 
 from .data import InputError
 from .evaluation import Report
+from .files import replacing
 
 # %% ../nbs/11_plots.ipynb #c006
 GREY, RED, BLUE, BLACK = "#B4B4B4", "#D55E00", "#0072B2", "#222222"
@@ -89,16 +88,8 @@ def save_figure(fig: Figure, path, *, dpi: float = 110) -> Path:
         `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_png(fig, dpi))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(_png(fig, dpi))
     return path
 
 # %% ../nbs/11_plots.ipynb #c015

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'BLOCK', 'BUFFER', 'BUFFER_BYTES', 'LR_SCHEDULES', 'resolve_device', 'reduced_precision',
            'progress_bar', 'counter_seed', 'batch_rows', 'BlockShuffle', 'minibatches', 'TrainingError', 'FitResult',
-           'save_checkpoint', 'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit', 'train_autoencoder',
-           'diffusion_loss', 'train_denoiser']
+           'save_checkpoint', 'checkpoint_facts', 'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit',
+           'train_autoencoder', 'diffusion_loss', 'train_denoiser']
 
 # %% ../nbs/05_training.ipynb #c002
 import json
@@ -37,6 +37,7 @@ from .counts import CountAutoencoder
 from .data import CellReader, InputError
 from .distributed import Team, placed, this_team
 from .draws import draw_rows, own, working_on
+from .files import replacing
 from .guidance import Denoiser
 from .large import DiskReader
 from .schedules import Schedule
@@ -369,13 +370,17 @@ def save_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optim
     tensors |= {f"ema.{i}": keep(v) for i, v in enumerate(ema)}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": keep(v) for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def checkpoint_facts(path: Path) -> dict:
+    """What the metadata of a checkpoint say (``stage``, ``seed``, ``fingerprint``, ``step``, ``steps``, ...); nothing if there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})["meta"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return {}
 
 # %% ../nbs/05_training.ipynb #c032
 def load_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer,
@@ -588,7 +593,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     def save(step: int) -> None:
         if checkpoint is not None and team.is_main:
             spent = before + time.perf_counter() - began
-            meta = identity | {"step": step, "losses": result.losses, "pending": pending, "seconds": spent}
+            meta = identity | {"step": step, "steps": steps, "budget_s": budget_s, "losses": result.losses, "pending": pending, "seconds": spent}
             save_checkpoint(checkpoint, model, average, optimizer, meta)
 
     def begin() -> dict:

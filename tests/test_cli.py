@@ -337,17 +337,57 @@ def test_settings_are_checked_before_the_cells_are_read(refuse, files, monkeypat
 def test_a_model_is_not_replaced_unasked(refuse, trained, files, tmp_path, capsys):
     copy = Path(shutil.copytree(trained, tmp_path / "copy"))
     line = f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}"
-    assert "there is a model in" in (text := refuse(line)) and "--resume" in text and "--overwrite" in text
-    assert same_weights(copy, trained)
     capsys.readouterr()
-    assert call(line, "--resume") == 0  # finished already
-    assert "trained already; nothing to do" in capsys.readouterr().out
-    assert "finished and was trained on other cells, settings, steps" in refuse(line + " --resume --seed 1")
-    assert "finished and was trained on" in refuse(line.replace("--steps 150", "--steps 151") + " --resume")
+    for more in ("", "--resume"):  # finished already
+        assert call(f"{line} {more}") == 0
+        assert "trained already; nothing to do" in capsys.readouterr().out
+        assert "finished and was trained on other cells, settings, steps" in (text := refuse(f"{line} {more} --seed 1")) and "--overwrite" in text
+        assert "finished and was trained on" in refuse(f"{line.replace('--steps 150', '--steps 151')} {more}")
     assert same_weights(copy, trained)
     assert call(line.replace("--steps 150", "--steps 3"), "--overwrite", "--seed", "1", "--no-split") == 0
     assert SCLD.load(copy, device="cpu").history["denoiser"]["steps"] == 3
     assert not (copy / "test.h5ad").exists()  # no test cells of another split left
+
+
+def test_an_unfinished_training_goes_on_if_it_is_the_same(refuse, files, tmp_path, monkeypatch, capsys):
+    """The same command goes on by itself; one with another number of steps, another seed or other settings has to say so."""
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 6 --ae-steps 5 --checkpoint-every 2 --device cpu {SETTINGS}"
+    calls, original = [], training.diffusion_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "diffusion_loss", interrupted)
+    assert call(line) == 143
+    for other in ("--steps 7", "--ae-steps 6", "--seed 1", "--set lr=1e-3"):
+        text = refuse(f"{line} {other}")
+        assert "there is an unfinished training in" in text and "--resume" in text and "--overwrite" in text
+    assert len(calls) == 5
+    (tmp_path / "m" / "config.json").write_text("{}")  # of an older model, which was being replaced
+    capsys.readouterr()
+    assert call(line) == 0 and len(calls) == 6
+    assert f"going on with what was begun in {tmp_path}/m" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "m").iterdir()) == ["config.json", "genes.txt", "labels.json", "test.h5ad", "train.h5ad", "weights.safetensors"]
+
+
+def test_a_training_that_ended_while_clearing_up_is_finished(trained, files, tmp_path, capsys, monkeypatch):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    (copy / "checkpoints").mkdir()
+    for name in ("denoiser.safetensors", ".tmpAbCdEf"):
+        (copy / "checkpoints" / name).write_bytes(b"half")
+    monkeypatch.setattr(SCLD, "train", lambda *a, **k: pytest.fail("training began"))
+    capsys.readouterr()
+    assert call(f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}") == 0
+    assert "trained already" in capsys.readouterr().out and not (copy / "checkpoints").exists()
+
+
+def test_a_damaged_model_is_not_taken_for_a_finished_one(refuse, trained, files, tmp_path):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    (copy / "genes.txt").write_text("other\n")
+    assert "genes.txt does not match" in refuse(f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}")
 
 
 def test_an_unfinished_training_is_not_replaced_unasked(refuse, files, tmp_path, monkeypatch):

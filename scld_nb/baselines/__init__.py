@@ -9,7 +9,6 @@ __all__ = ['BASELINES', 'TITLES', 'installed_baselines', 'make_baseline', 'model
 # %% ../../nbs/29_baselines.ipynb #c002
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from .scvi import ScVI, ScVIPrior
 from .splatter import SplatterBaseline, SplatterMatchedBaseline
 from .sugar import SugarBaseline
 from ..data import CellReader, InputError, TARGET_SUM, apply_transform, counts_matrix
+from ..files import replacing
 from ..scorer import Scorer, keep_top, n_to_generate, train_scorer
 from ..training import TrainingError, counter_seed
 
@@ -170,13 +170,8 @@ def compete(name: str, train: ad.AnnData, labels_key: str, path: str | Path, *, 
     history = {k: v for k, v in baseline.history.items() if k != "losses"}
     drawn.uns["scld"] = dict(parts[0].uns["scld"])
     drawn.uns["competitor"] = json.dumps({"settings": asked, "history": history, "cost": cost, "scorer": scorer_report, "failed": failed}, default=str)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         drawn.write_h5ad(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return drawn
 
 
