@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from scld_nb import experiments as ex
+from scld_nb import training
 from scld_nb.baselines.random import RandomBaseline
 from scld_nb.data import InputError
 
@@ -89,6 +91,39 @@ def test_models_are_reused_from_their_folder_and_share_round_and_map(study, line
     _, found = ex.trained_model(fresh.train, "louvain", fresh.models / "add-seed0", steps=5, seed=0, scorer=False, device="cpu", head="mse", fusion="add",
                                 progress=False, **fresh.options)
     assert not found
+
+
+def test_a_training_that_was_cut_off_goes_on_only_if_it_is_the_same(study, tmp_path, monkeypatch):
+    """Other numbers of steps begin anew; what a killed process left goes; the provenance is there before the model is."""
+    asked, calls, fit = {"seed": 0, "scorer": False, "device": "cpu", "head": "mse", "progress": False, **study.options}, [], training.diffusion_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("gone")
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(training, "diffusion_loss", interrupted)
+    with pytest.raises(RuntimeError, match="gone"):
+        ex.trained_model(study.train, "louvain", tmp_path / "m", steps=4, **asked)
+    assert (tmp_path / "m" / "checkpoints" / "autoencoder.safetensors").exists()
+    (tmp_path / "m" / "checkpoints" / ".tmpAbCdEf").touch()
+    model, found = ex.trained_model(study.train, "louvain", tmp_path / "m", steps=5, **asked)
+    assert not found and model.history["autoencoder"]["steps"] == model.history["denoiser"]["steps"] == 5
+    fresh, _ = ex.trained_model(study.train, "louvain", tmp_path / "fresh", steps=5, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(model.denoiser.state_dict().values(), fresh.denoiser.state_dict().values()))
+    assert not (tmp_path / "m" / "checkpoints").exists()
+    (tmp_path / "m" / "checkpoints").mkdir()
+    (tmp_path / "m" / "checkpoints" / "denoiser.safetensors").touch()      # killed while it cleared up
+    assert ex.trained_model(study.train, "louvain", tmp_path / "m", steps=5, **asked)[1] and not (tmp_path / "m" / "checkpoints").exists()
+
+    def full(self, folder):
+        assert (folder / "provenance.json").exists()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ex.SCLD, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        ex.trained_model(study.train, "louvain", tmp_path / "full", steps=5, **asked)
 
 
 def test_post_guidance_keeps_the_best_of_the_pool_pre_guidance_was_drawn_from(study, lines3):

@@ -1,6 +1,7 @@
 """The object a user holds: settings, training, sampling, latents, files."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -787,9 +788,7 @@ def test_an_interrupted_save_is_recognised(tiny_model, saved, cells, tiny, monke
 
 
 def test_no_temporary_files_remain(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        model_module.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         tiny_model.save(tmp_path / "m")
     assert list((tmp_path / "m").iterdir()) == []
@@ -812,3 +811,20 @@ def test_a_budget_in_seconds_gives_half_to_each_stage_and_resumes_as_finished(ce
     assert all(torch.equal(a, b) for a, b in zip(model.denoiser.state_dict().values(), again.denoiser.state_dict().values()))
     with pytest.raises(InputError, match="budget_s must be a positive number of seconds, got 0"):
         again.train(5, budget_s=0)
+
+
+def test_whose_checkpoints_they_are(cells, tiny, tmp_path):
+    def model(**changes):
+        return SCLD(cells, "cell_type", device="cpu", **tiny | changes)
+
+    steps = {"max_steps": 4, "ae_steps": 3}
+    assert not model().has_checkpoints(tmp_path / "none", **steps)
+    model().train(**steps, checkpoint_dir=tmp_path, scorer=False, progress=False)
+    assert model().has_checkpoints(tmp_path, **steps) and not model().has_checkpoints(tmp_path)
+    for other in ({"max_steps": 5, "ae_steps": 3}, {"max_steps": 4, "ae_steps": 4}, steps | {"budget_s": 1.0}):
+        assert not model().has_checkpoints(tmp_path, **other)
+    assert not model(seed=1).has_checkpoints(tmp_path, **steps) and not model(lr=1e-4).has_checkpoints(tmp_path, **steps)
+    (tmp_path / "autoencoder.safetensors").unlink()
+    assert model().has_checkpoints(tmp_path, **steps)          # as when Round and Map are another model's
+    (tmp_path / "denoiser.safetensors").write_bytes(b"damaged")
+    assert not model().has_checkpoints(tmp_path, **steps)
