@@ -113,7 +113,7 @@ def measure_train(given) -> dict:
     model.train(steps, ae_steps=steps, scorer=False, checkpoint_dir=given.work / "checkpoints", progress=False)
     found = {"stages": stages(model, opened, time.perf_counter() - began, n), "peak_without_scorer_gib": peak_gib()}
     began = time.perf_counter()
-    model._train_scorer(given.sampling_steps, False)
+    model._train_scorer(model._reader, given.sampling_steps, False)
     found["stages"]["scorer"] = {"seconds": round(time.perf_counter() - began, 3)}
     model.save(given.work / "model")
     shutil.rmtree(given.work / "checkpoints", ignore_errors=True)
