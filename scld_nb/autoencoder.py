@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import CellReader, InputError
+from .gpu import blocks_on
 from .large import DiskReader, Moments, scratch_array
 
 # %% ../nbs/01_autoencoder.ipynb #c018
@@ -178,7 +179,7 @@ def encode_cells(autoencoder: Encodes, reader: CellReader, *, device: torch.devi
     """
     autoencoder.eval()
     with torch.no_grad():
-        parts = [autoencoder.encode(torch.from_numpy(x).to(device)).cpu() for x in reader.blocks(size)]
+        parts = [autoencoder.encode(x).cpu() for x in blocks_on(reader, device, size)]
     return torch.cat(parts)
 
 # %% ../nbs/01_autoencoder.ipynb #c058
@@ -242,8 +243,8 @@ def fit_latent_statistics_on_disk(autoencoder: Autoencoder, reader: DiskReader, 
     width, start = autoencoder.latent_mean.numel(), 0
     out, moments = scratch_array((reader.n_obs, width), folder=folder), Moments(width)
     with torch.no_grad():
-        for block in reader.blocks(size):
-            z = autoencoder.encode(torch.from_numpy(block).to(device)).cpu().numpy()
+        for x in blocks_on(reader, device, size):
+            z = autoencoder.encode(x).cpu().numpy()
             out[start:start + len(z)] = z
             moments.add(z)
             start += len(z)

@@ -19,6 +19,7 @@ from torch import nn
 
 from .data import CellReader, InputError
 from .draws import Dropout, draw_rows, dropout
+from .gpu import blocks_on
 from .large import DiskReader, Moments, scratch_array
 
 # %% ../nbs/01_counts.ipynb #c009
@@ -146,7 +147,29 @@ class CountParameters(NamedTuple):
     outlier_mean: torch.Tensor | None = None
 
 
-def count_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
+def _dense_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
+    """`count_nll` with every term for every entry: no shape depends on values, as a GPU's recorded steps need it."""
+    log_mu, log_r, logit, outlier, outlier_mean = parameters
+    if log_r is None:
+        a = log_mu.exp()
+        log_p = x * log_mu - a - torch.lgamma(x + 1.0)
+    else:
+        r, more = log_r.exp(), torch.log1p(torch.exp(log_mu - log_r))
+        a = r * more
+        log_p = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1.0) - a + x * (log_mu - log_r - more)
+    log_p0 = -a
+    if logit is not None:
+        log_p = log_p - F.softplus(logit)
+        log_p0 = torch.logaddexp(log_p0 - F.softplus(logit), -F.softplus(-logit))
+    if outlier is not None:
+        assert outlier_mean is not None
+        body, stop = F.softplus(outlier), torch.exp(-outlier_mean)
+        log_p = torch.logaddexp(log_p - body, torch.log(stop) + (x - 1.0) * torch.log1p(-stop) - F.softplus(-outlier))
+        log_p0 = log_p0 - body
+    return -torch.where(x > 0, log_p, log_p0).sum(dim=1)
+
+
+def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | None = None) -> torch.Tensor:
     r"""$-\log p(x)$ of counts, summed over genes: nats per cell, shape ``(n,)``.
 
     An outlier is a count of at least 1, $q(x)=\tfrac1{M_g}(1-\tfrac1{M_g})^{x-1}$.
@@ -157,7 +180,11 @@ def count_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
         Counts, shape ``(n, n_genes)``.
     parameters
         Their distribution.
+    dense
+        Compute every term for every entry; default: on a GPU, where that is quicker than to look for those counted.
     """
+    if x.is_cuda if dense is None else dense:
+        return _dense_nll(x, parameters)
     log_mu, log_r, logit, outlier, outlier_mean = parameters
     flat = x.reshape(-1)
     stored = flat.nonzero().squeeze(1)
@@ -210,10 +237,13 @@ class CountRound(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts ``(n, n_genes)`` to mean and log-variance, each ``(n, d)``."""
-        flat = x.reshape(-1)
-        stored = flat.nonzero().squeeze(1)
-        values = dropout(flat[stored].log1p(), self.input_dropout, self.training, entries=True)
-        seen = torch.zeros_like(flat).index_put((stored,), values).view_as(x)
+        if x.is_cuda:
+            seen = dropout(x.log1p(), self.input_dropout, self.training)
+        else:                                                # draws for the counted entries alone
+            flat = x.reshape(-1)
+            stored = flat.nonzero().squeeze(1)
+            values = dropout(flat[stored].log1p(), self.input_dropout, self.training, entries=True)
+            seen = torch.zeros_like(flat).index_put((stored,), values).view_as(x)
         mean, log_var = self.net(seen).float().chunk(2, dim=1)
         return mean, (log_var - 1.0).clamp(-8.0, 4.0)
 
@@ -376,10 +406,14 @@ class CountAutoencoder(nn.Module):
         self.register_buffer("latent_std", torch.ones(d + 1))
         self.register_buffer("library_range", torch.tensor([0.0, math.inf]))
 
-    def loss(self, x: torch.Tensor) -> torch.Tensor:
+    def noise(self, n: int) -> torch.Tensor:
+        """The draw that `loss` takes for ``n`` cells, on the CPU: standard normal, ``(n, d)``."""
+        return draw_rows(n, lambda m: torch.randn(m, self.latent_mean.numel() - 1))
+
+    def loss(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Nats per count entry of a batch: likelihood, weighted divergence and the prior of the loadings; a scalar."""
         mean, log_var = self.round(x)
-        z = mean + torch.exp(0.5 * log_var) * draw_rows(len(mean), lambda n: torch.randn(n, mean.shape[1])).to(mean.device)
+        z = mean + torch.exp(0.5 * log_var) * (self.noise(len(x)).to(mean.device) if noise is None else noise)
         nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()))
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(dim=1)
         return ((nll + self.kl * kl).mean() + self.map.penalty(self.tau) / self.n_cells) / self.n_genes
@@ -427,8 +461,7 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
     generator = torch.Generator().manual_seed(0)
     counted, expected = (torch.zeros(autoencoder.n_genes, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        for block in reader.blocks(size):
-            x = torch.from_numpy(block).to(device)
+        for x in blocks_on(reader, device, size):
             mean, log_var = autoencoder.round(x)
             z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator).to(device)
             counted += x.sum(0).double().cpu()
@@ -462,8 +495,8 @@ def fit_count_statistics(autoencoder: CountAutoencoder, reader: CellReader, *, d
     autoencoder.latent_std.fill_(1.0)
     calibrate_means(autoencoder, reader, device=device, size=size)
     with torch.no_grad():
-        parts = [autoencoder.posterior(torch.from_numpy(x).to(device)) for x in reader.blocks(size)]
-    mean, spread = (torch.cat([p[i].cpu() for p in parts]).double() for i in (0, 1))
+        parts = [autoencoder.posterior(x) for x in blocks_on(reader, device, size)]
+    mean, spread = (torch.cat([p[i] for p in parts]).cpu().double() for i in (0, 1))
     centre = mean.mean(0)
     std = (mean.var(0, correction=0) + spread.square().mean(0)).sqrt()
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
@@ -498,13 +531,13 @@ def fit_count_statistics_on_disk(autoencoder: CountAutoencoder, reader: DiskRead
     out = scratch_array((reader.n_obs, 2 * width), folder=folder)
     moments, square, library = Moments(width), np.zeros(width), [math.inf, -math.inf]
     with torch.no_grad():
-        for block in reader.blocks(size):
-            mean, spread = (part.cpu().numpy() for part in autoencoder.posterior(torch.from_numpy(block).to(device)))
-            out[start:start + len(block)] = np.concatenate([mean, spread], axis=1)
+        for x in blocks_on(reader, device, size):
+            mean, spread = (part.cpu().numpy() for part in autoencoder.posterior(x))
+            out[start:start + len(x)] = np.concatenate([mean, spread], axis=1)
             moments.add(mean)
             square += np.square(spread, dtype=np.float64).sum(0)
             library = [min(library[0], mean[:, -1].min()), max(library[1], mean[:, -1].max())]
-            start += len(block)
+            start += len(x)
     std = np.sqrt(moments.variance + square / reader.n_obs)
     std = np.where(std > 1e-6, std, 1.0)
     for buffer, value in ((autoencoder.latent_mean, moments.mean), (autoencoder.latent_std, std), (autoencoder.library_range, library)):

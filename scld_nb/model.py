@@ -33,6 +33,7 @@ from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .distributed import placed, this_team
 from .files import replacing
+from .gpu import sparse_rows
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
 from .large import CellWriter, DiskCells, DiskReader, open_cells
 from .sampling import SAMPLERS, VARIANCES, default_steps, guided_sampler, sample_latents
@@ -157,7 +158,7 @@ class Config:
     batch_size, lr, lr_schedule, weight_decay, ema, clip
         Optimisation of both stages (27).
     precision
-        ``"auto"`` (bf16 matrix products on cuda, fp32 elsewhere), ``"fp32"`` or ``"bf16"``.
+        ``"auto"`` (TF32 matrix products on cuda, fp32 elsewhere), ``"fp32"``, ``"tf32"`` or ``"bf16"``.
     keep, scope, selection, scorer_cells
         Share kept by the Scorer, per ``"label"`` or of ``"all"`` cells together (30), drawn by the ``"odds"`` of the score or the
         ``"top"`` scores, and the most fakes generated to train it (29).
@@ -622,7 +623,7 @@ class _Draws(_Parts):
                     score = self.scorer.score(self._in_model_space(x)).cpu().numpy()
                 else:
                     score = np.full(len(z), np.nan)
-                yield sparse.csr_matrix(x.cpu().numpy(), dtype=np.float32 if c.head == "mse" else np.int32), score
+                yield sparse_rows(x, np.float32 if c.head == "mse" else np.int32), score
 
         with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
             made = list(team.in_order(batches(), len(starts)))
@@ -739,15 +740,17 @@ class _Samples(_Draws):
         )
         if placed()[0] > 0:
             return None  # of several processes, the main one delivers
-        kept = (
-            self._selected(scores, k if self.config.scope == "label" else None, keep, seed) if keep < 1 else np.arange(len(k))
-        )
+        if keep < 1:
+            kept = self._selected(scores, k if self.config.scope == "label" else None, keep, seed)
+            generated, x, k, scores = len(k), x[kept], k[kept], scores[kept]
+        else:
+            generated = len(k)
         return self._to_anndata(
-            x[kept],
-            k[kept],
-            scores[kept],
+            x,
+            k,
+            scores,
             omega,
-            generated=len(k),
+            generated=generated,
             keep=keep,
             label=label,
             seed=seed,
@@ -1192,8 +1195,8 @@ class SCLD(_Learns):
                     z, spread = self.autoencoder.posterior(cells)
                     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
                     z = z + spread * noise.to(self.device)
-                decoded = self._decode(z, seed).cpu().numpy()
-                x.append(sparse.csr_matrix(decoded, dtype=np.float32 if self.config.head == "mse" else np.int32))
+                decoded = self._decode(z, seed)
+                x.append(sparse_rows(decoded, np.float32 if self.config.head == "mse" else np.int32))
         out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
         out.uns["scld"] = {"scale": self._scale(), "target_sum": TARGET_SUM, "version": __version__}
         return out

@@ -56,6 +56,10 @@ class Schedule:
         if self.timesteps.shape != self.betas.shape:
             raise InputError(f"{len(self.timesteps)} timesteps for {len(self.betas)} betas; give one per beta")
 
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same schedule with its tables on a device."""
+        return Schedule(self.betas.to(device), self.timesteps.to(device))
+
     @property
     def T(self) -> int:
         """Number of diffusion steps."""

@@ -19,6 +19,7 @@ from scipy import sparse
 from torch import nn
 
 from .data import CellReader, InputError
+from .gpu import OnDevice, on_device
 from .training import counter_seed, progress_bar
 
 # %% ../nbs/07_scorer.ipynb #c008
@@ -109,10 +110,15 @@ def train_scorer(
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
+    real_there = on_device(real, device)
+    fake_there = None if real_there is None else OnDevice(fake, device)
+
     def batch(r: np.ndarray, f: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        x = np.concatenate([real.read(np.sort(r)), fake[np.sort(f)].toarray()])
-        y = np.repeat([1, 0], [len(r), len(f)])
-        return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        y = torch.from_numpy(np.repeat([1, 0], [len(r), len(f)])).to(device)
+        if real_there is not None and fake_there is not None:
+            rows = [torch.from_numpy(np.sort(part)).to(device) for part in (r, f)]
+            return torch.cat([real_there.dense(rows[0]), fake_there.dense(rows[1])]), y
+        return torch.from_numpy(np.concatenate([real.read(np.sort(r)), fake[np.sort(f)].toarray()])).to(device), y
 
     held = [
         batch(rows_real[i : min(i + 512, n_held)], rows_fake[i : min(i + 512, n_held)]) for i in range(0, n_held, 512)

@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'PRECISIONS', 'BLOCK', 'BUFFER', 'BUFFER_BYTES', 'LR_SCHEDULES', 'resolve_device', 'reduced_precision',
            'progress_bar', 'counter_seed', 'batch_rows', 'BlockShuffle', 'minibatches', 'TrainingError', 'FitResult',
            'save_checkpoint', 'checkpoint_facts', 'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit',
-           'train_autoencoder', 'diffusion_loss', 'train_denoiser']
+           'train_autoencoder', 'diffusion_draws', 'diffusion_loss', 'train_denoiser']
 
 # %% ../nbs/05_training.ipynb #c002
 import json
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from .data import CellReader, InputError
 from .distributed import Team, placed, this_team
 from .draws import draw_rows, own, working_on
 from .files import replacing
+from .gpu import Recorded, on_device, send
 from .guidance import Denoiser
 from .large import DiskReader
 from .schedules import Schedule
@@ -81,14 +82,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 # %% ../nbs/05_training.ipynb #c009
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @contextmanager
 def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator[None]:
-    """Matrix products in bf16: by autocast on cuda (``"auto"`` and ``"bf16"``), by oneDNN on a CPU (``"bf16"`` only).
+    """Matrix products in TF32 (on cuda, ``"tf32"`` and ``"auto"``) or bf16 (by autocast on cuda, by oneDNN on a CPU; ``"bf16"`` only).
 
-    Weights, sums and the optimiser stay in fp32. On a CPU this pays where it has bf16 matrix units.
+    Weights, sums and the optimiser stay in fp32. On a CPU bf16 pays where it has matrix units for it, and ``"tf32"`` is fp32.
 
     Parameters
     ----------
@@ -104,12 +105,12 @@ def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    if device.type == "cuda" and precision != "fp32":
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+    if device.type == "cuda" and precision == "bf16":
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):   # weights change within the block
             yield
-    elif device.type == "cpu" and precision == "bf16":
+    elif (device.type, precision) in (("cpu", "bf16"), ("cuda", "auto"), ("cuda", "tf32")):
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
         try:
             yield
         finally:
@@ -496,7 +497,7 @@ def _start_alike(team: Team, identity: dict, model: nn.Module, average: list[tor
     def mine() -> tuple:
         moments = optimizer.state_dict()
         moments["state"] = {i: {k: v.cpu() for k, v in state.items()} for i, state in moments["state"].items()}
-        return identity, {k: v.cpu() for k, v in model.state_dict().items()}, [a.cpu() for a in average], moments
+        return identity, {k: v.cpu() for k, v in model.state_dict().items()}, [a.cpu() for a in average], moments["state"]
 
     theirs, weights, averages, moments = team.on_main(mine)
     if theirs != identity:
@@ -505,14 +506,26 @@ def _start_alike(team: Team, identity: dict, model: nn.Module, average: list[tor
         model.load_state_dict(weights)
         for own_average, value in zip(average, averages):
             own_average.copy_(value)
-        optimizer.load_state_dict(moments)
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int, seed: int, stage: str,
+def _follow(average: list[torch.Tensor], parameters: tuple[torch.Tensor, ...], weight: float | torch.Tensor) -> None:
+    """Move the average by a share of the way to the weights; on a GPU the share is read when a recorded step is replayed."""
+    with torch.no_grad():
+        if isinstance(weight, torch.Tensor):
+            way = torch._foreach_sub(parameters, average)
+            torch._foreach_mul_(way, weight)
+            torch._foreach_add_(average, way)
+        else:
+            torch._foreach_lerp_(average, parameters, weight)
+
+
+def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, seed: int, stage: str,
         device: torch.device, lr: float = 1e-3, weight_decay: float = 0.01, ema: float | None = 0.999,
         clip: float | None = 1.0, precision: str = "auto", lr_schedule: str = "constant", budget_s: float | None = None, checkpoint: Path | None = None,
         checkpoint_every: int = 1000, resume: bool = False, fingerprint: str = "",
-        show: bool | None = None, batch: int | None = None) -> FitResult:
+        show: bool | None = None, batch: int | None = None,
+        inputs_of: Callable[[int], Sequence[torch.Tensor]] | None = None) -> FitResult:
     r"""Minimise ``loss_of(step)`` with AdamW; everything random is a function of (seed, stage, step).
 
     Before each step the random generators are set from ``counter_seed(seed, stage, step)``. Noise, dropout and
@@ -549,6 +562,9 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
         Identifies data and settings; a checkpoint with another one is refused.
     show
         Progress bar, see `progress_bar`.
+    inputs_of
+        ``inputs_of(step)``: tensors, of the same shapes in every step. ``loss_of`` is then called with them, on ``device``, instead
+        of with the step; on a GPU, by a process alone, the whole step is recorded and replayed, see `scld_nb.gpu.Recorded`.
     batch
         Rows of a minibatch, which several processes divide: ``loss_of`` must then be the mean over `scld_nb.draws.own` of them, and
         draw through `scld_nb.draws`. ``None``: each process does the whole minibatch.
@@ -571,8 +587,9 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     """
     if lr_schedule not in LR_SCHEDULES:
         raise InputError(f"unknown lr_schedule {lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
-    parameters = tuple(p for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
+    parameters, cuda = tuple(p for p in model.parameters() if p.requires_grad), device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device) if cuda else lr, weight_decay=weight_decay,
+                                  fused=device.type in ("cpu", "cuda"), capturable=cuda)
     average = [p.detach().clone() for p in parameters] if ema else []
     identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint}
     losses: list[torch.Tensor] = []
@@ -602,6 +619,24 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
             meta |= load_checkpoint(checkpoint, model, average, optimizer, identity)
         return meta
 
+    def update(*inputs: torch.Tensor | int) -> torch.Tensor:
+        with working_on(part):
+            loss = loss_of(*inputs)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        loss = team.sum_gradients(parameters, loss, weight)
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        if ema:
+            _follow(average, parameters, behind if cuda else share)
+        return loss.detach()
+
+    def prepared(step: int) -> Sequence[torch.Tensor]:
+        assert inputs_of is not None
+        with working_on(part):
+            return inputs_of(step)
+
     def wish() -> tuple[bool, bool, float]:          # SIGTERM, Ctrl-C, share of the seconds that is used up
         spent = 0.0 if budget_s is None else (before + time.perf_counter() - began) / budget_s
         return terminated.is_set(), ctrl_c.is_set(), spent
@@ -611,6 +646,8 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
     result.losses, pending, before, began = meta["losses"], meta["pending"], meta["seconds"], time.perf_counter()
     step = saved = start = meta["step"]
     terminate, interrupt, spent = 0.0, 0.0, 0.0      # the largest wishes of all processes, as numbers
+    behind, share = torch.zeros((), device=device), 0.0      # weight of a step in the average, for a recorded step and for others
+    recorded = Recorded(update, device, usual=3 if team.size == 1 else None)
     model.train()
     with progress_bar(steps, stage, show=show) as bar, torch.random.fork_rng(), stop_on_sigterm(terminated), \
             stop_on_ctrl_c(ctrl_c, echo_s=5.0 if team.size > 1 else 0.0), reduced_precision(device, precision):
@@ -623,20 +660,13 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
                     break
                 answer = team.ask(wish)
                 torch.manual_seed(counter_seed(seed, stage, step))
-                if lr_schedule != "constant":
-                    optimizer.param_groups[0]["lr"] = _learning_rate(lr, lr_schedule, max(step, int(spent * steps)), steps)
-                with working_on(part):
-                    loss = loss_of(step)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                loss = team.sum_gradients(parameters, loss, weight)
-                if clip:
-                    nn.utils.clip_grad_norm_(parameters, clip)
-                optimizer.step()
-                if ema:
-                    with torch.no_grad():
-                        torch._foreach_lerp_(average, parameters, 1.0 - min(ema, (1 + step) / (10 + step)))
-                losses.append(loss)
+                rate, share = _learning_rate(lr, lr_schedule, max(step, int(spent * steps)), steps), 1.0 - min(ema or 1.0, (1 + step) / (10 + step))
+                if cuda:                             # at their places in memory, where a recorded step reads them
+                    optimizer.param_groups[0]["lr"].fill_(rate)
+                    behind.fill_(share)
+                else:
+                    optimizer.param_groups[0]["lr"] = rate
+                losses.append(update(step) if inputs_of is None else recorded(*prepared(step)))
                 step += 1
                 bar.update(1)
                 full, due = step % 100 == 0 or step == steps, checkpoint is not None and step % checkpoint_every == 0
@@ -663,6 +693,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int,
         save(step)
     if any(team.ask(wish)()[:1]):                    # several processes meet here once the main one has saved
         raise SystemExit(143)
+    optimizer.zero_grad(set_to_none=True)
     if ema:
         with torch.no_grad():
             for p, a in zip(parameters, average):
@@ -689,17 +720,48 @@ def train_autoencoder(autoencoder: Autoencoder | CountAutoencoder, reader: CellR
     Eq. 6 of the paper; decisions 22, 24 and 28.
     """
 
+    resident = on_device(reader, device)
+    draws = autoencoder.noise if device.type == "cuda" and isinstance(autoencoder, CountAutoencoder) else None     # else the loss draws
+
     with minibatches(reader, batch_size, seed=seed, stage="autoencoder") as batch_of:
-        def loss_of(step: int) -> torch.Tensor:
-            x = torch.from_numpy(batch_of(step)).to(device, non_blocking=True)
-            return autoencoder.loss(x)
+        def inputs_of(step: int) -> list[torch.Tensor]:
+            if resident is None:
+                x = torch.from_numpy(batch_of(step))
+            else:
+                x = torch.from_numpy(own(batch_rows(reader.n_obs, batch_size, step, seed=seed, stage="autoencoder")))
+            return [x] if draws is None else [x, draws(len(x))]
+
+        def loss_of(cells: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
+            return autoencoder.loss(cells if resident is None else resident.dense(cells), *noise)
 
         return fit(autoencoder, loss_of, steps=steps, seed=seed, stage="autoencoder", device=device,
-                   batch=min(batch_size, reader.n_obs), **options)
+                   batch=min(batch_size, reader.n_obs), inputs_of=inputs_of, **options)
 
 # %% ../nbs/05_training.ipynb #c063
+def diffusion_draws(n: int, d: int, T: int, *, p_uncond: float = 0.1, drop: str = "random") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lines 4 to 6 of Algorithm 1 for ``n`` rows, on the CPU: which of them get the global condition, their steps, and their noise.
+
+    Parameters
+    ----------
+    n, d, T
+        Rows, width of a latent, and steps of the schedule.
+    p_uncond, drop
+        See `diffusion_loss`.
+
+    Returns
+    -------
+    Shapes ``(n,)``, ``(n,)`` and ``(n, d)``: bool, whole numbers in ``1..T``, standard normal.
+    """
+    if drop == "first_k":
+        to_global = draw_rows(n, lambda m: torch.arange(m) < round(p_uncond * m))
+    else:
+        to_global = draw_rows(n, torch.rand) < p_uncond
+    return to_global, draw_rows(n, lambda m: torch.randint(1, T + 1, (m,))), draw_rows(n, lambda m: torch.randn(m, d))
+
+
 def diffusion_loss(denoiser: Denoiser, schedule: Schedule, z0: torch.Tensor, labels: torch.Tensor, *,
-                   p_uncond: float = 0.1, drop: str = "random", min_snr: float | None = None) -> torch.Tensor:
+                   p_uncond: float = 0.1, drop: str = "random", min_snr: float | None = None,
+                   draws: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
     r"""Lines 4 to 8 of Algorithm 1 for one minibatch: $\lVert\epsilon_\theta(z_t,c,t)-\epsilon\rVert^2$, averaged.
 
     A denoiser whose ``prediction`` is ``"v"`` or ``"z0"`` is compared in those terms instead.
@@ -722,20 +784,18 @@ def diffusion_loss(denoiser: Denoiser, schedule: Schedule, z0: torch.Tensor, lab
     drop
         ``"random"`` masks rows independently; ``"first_k"`` takes the first ``round(p_uncond * n)`` rows, as
         ``l[:k] = global`` in the paper's listing (decision 18).
+    draws
+        What `diffusion_draws` gave, on the device of ``z0``; ``None`` draws here.
 
     Returns
     -------
     torch.Tensor
         Scalar.
     """
-    n, d = z0.shape
-    if drop == "first_k":
-        to_global = draw_rows(n, lambda m: torch.arange(m) < round(p_uncond * m))
-    else:
-        to_global = draw_rows(n, torch.rand) < p_uncond
-    k = torch.where(to_global.to(labels.device), torch.full_like(labels, denoiser.n_clusters), labels)
-    t = draw_rows(n, lambda m: torch.randint(1, schedule.T + 1, (m,))).to(z0.device)
-    eps = draw_rows(n, lambda m: torch.randn(m, d)).to(z0.device)
+    if draws is None:
+        draws = send(diffusion_draws(len(z0), z0.shape[1], schedule.T, p_uncond=p_uncond, drop=drop), z0.device)
+    to_global, t, eps = draws
+    k = torch.where(to_global, torch.full_like(labels, denoiser.n_clusters), labels)
     z_t = schedule.q_sample(z0, t, eps)
     prediction, at = getattr(denoiser, "prediction", "eps"), schedule.timesteps.to(t.device)[t]
     a = schedule.alpha_bar.to(t.device)[t].unsqueeze(-1).to(z0.dtype)
@@ -777,16 +837,19 @@ def train_denoiser(denoiser: Denoiser, schedule: Schedule, latents: torch.Tensor
     """
     latents, labels = latents.to(device), labels.to(device)
     spread = None if spread is None else spread.to(device)
+    schedule, d = schedule.to(device), latents.shape[1]
 
-    def loss_of(step: int) -> torch.Tensor:
-        rows = torch.from_numpy(batch_rows(len(latents), batch_size, step, seed=seed, stage="denoiser")).to(device)
+    def inputs_of(step: int) -> list[torch.Tensor]:
+        rows = torch.from_numpy(batch_rows(len(latents), batch_size, step, seed=seed, stage="denoiser"))
         if drop == "first_k":                        # the listing takes the first k of a shuffled batch
-            rows = rows[torch.randperm(len(rows)).to(device)]
+            rows = rows[torch.randperm(len(rows))]
         rows = own(rows)
-        z0 = latents[rows]
-        if spread is not None:
-            z0 = z0 + spread[rows] * draw_rows(len(z0), lambda m: torch.randn(m, z0.shape[1])).to(device)
-        return diffusion_loss(denoiser, schedule, z0, labels[rows], p_uncond=p_uncond, drop=drop, min_snr=min_snr)
+        noise = [] if spread is None else [draw_rows(len(rows), lambda m: torch.randn(m, d))]
+        return [rows, *diffusion_draws(len(rows), d, schedule.T, p_uncond=p_uncond, drop=drop), *noise]
+
+    def loss_of(rows: torch.Tensor, to_global: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
+        z0 = latents[rows] if spread is None else latents[rows] + spread[rows] * noise[0]
+        return diffusion_loss(denoiser, schedule, z0, labels[rows], p_uncond=p_uncond, drop=drop, min_snr=min_snr, draws=(to_global, t, eps))
 
     return fit(denoiser, loss_of, steps=steps, seed=seed, stage="denoiser", device=device, batch=min(batch_size, len(latents)),
-               **options)
+               inputs_of=inputs_of, **options)

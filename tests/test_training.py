@@ -124,17 +124,20 @@ def test_bf16_on_cpu_restores_the_global_setting_even_after_an_error():
     for precision in ("auto", "fp32"):
         with reduced_precision(CPU, precision):
             assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(InputError, match="unknown precision 'fp16'; known: auto, fp32, bf16"), reduced_precision(CPU, "fp16"):
+    with pytest.raises(InputError, match="unknown precision 'fp16'; known: auto, fp32, tf32, bf16"), reduced_precision(CPU, "fp16"):
         pass
 
 
-def test_cuda_means_autocast_unless_fp32():
+@pytest.mark.parametrize(("precision", "products", "autocast"), [("fp32", "highest", False), ("auto", "high", False), ("tf32", "high", False), ("bf16", "highest", True)])
+def test_what_a_precision_means_on_cuda(precision, products, autocast):
+    """TF32 by default; bf16 by autocast, without the cache that would keep the weights of the first step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # torch says so where there is no cuda
-        with reduced_precision(torch.device("cuda"), "fp32"):
-            assert not torch.is_autocast_enabled("cuda")
-        with reduced_precision(torch.device("cuda"), "auto"):
-            assert torch.get_autocast_dtype("cuda") == torch.bfloat16
+        with reduced_precision(torch.device("cuda"), precision):
+            assert torch.get_float32_matmul_precision() == products
+            assert (torch.get_autocast_dtype("cuda") == torch.bfloat16) is autocast
+            assert torch.is_autocast_cache_enabled() is not autocast
+    assert torch.get_float32_matmul_precision() == "highest" and torch.is_autocast_cache_enabled()
 
 
 def test_fit_restores_the_precision(monkeypatch):
@@ -722,7 +725,7 @@ def test_without_pre_guidance_labels_have_no_influence(latents):
 def test_first_k_falls_on_a_shuffled_batch(latents, monkeypatch):
     seen = {}
 
-    def note(denoiser, schedule, z0, labels, *, p_uncond, drop, min_snr):
+    def note(denoiser, schedule, z0, labels, **_):
         seen.setdefault(drop, []).append(z0[:, 0])
         return z0.sum() * 0.0 + denoiser.embed().sum() * 0.0
 

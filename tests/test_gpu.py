@@ -1,0 +1,224 @@
+"""Cells on a device, recorded steps and the sparse way back: against scipy, against plain calls, and where there is a GPU, on it."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from scld_nb import SCLD, data
+from scld_nb.counts import CountAutoencoder, CountMap, CountParameters, count_nll
+from scld_nb.data import CellReader
+from scld_nb.gpu import OnDevice, Recorded, blocks_on, on_device, send, sparse_rows
+from scld_nb.schedules import linear_schedule
+from scld_nb.training import diffusion_draws, fit, train_autoencoder
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [CPU, pytest.param(CUDA, marks=needs_gpu)]
+
+
+def counts(n: int = 300, genes: int = 40, seed: int = 0) -> sp.csr_matrix:
+    rng = np.random.default_rng(seed)
+    x = rng.poisson(rng.gamma(0.4, 2.0, (n, genes))).astype(np.float32)
+    x[:, 0] += 1
+    return sp.csr_matrix(x)
+
+
+# ------------------------------------------------------------------ cells on a device
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1), st.data())
+def test_minibatches_made_on_the_device_are_rows_of_the_matrix(device, n, genes, seed, more):
+    """Empty rows, rows asked for twice and the last row among them."""
+    rng = np.random.default_rng(seed)
+    x = sp.csr_matrix((rng.poisson(0.6, (n, genes)) * rng.normal(size=(n, genes))).astype(np.float32))
+    rows = more.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
+    got = OnDevice(x, device).dense(torch.tensor(rows, device=device)).cpu().numpy()
+    assert got.dtype == np.float32 and np.array_equal(got, x.toarray()[rows])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_what_comes_back_is_the_sparse_form(device, dtype, n, genes, seed):
+    dense = np.random.default_rng(seed).poisson(0.5, (n, genes)).astype(np.float32)
+    back, wanted = sparse_rows(torch.from_numpy(dense).to(device), dtype), sp.csr_matrix(dense, dtype=dtype)
+    assert back.dtype == dtype and back.has_canonical_format
+    for part in ("data", "indices", "indptr"):
+        assert np.array_equal(getattr(back, part), getattr(wanted, part)), part
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_are_all_cells_in_order(device):
+    reader = CellReader(counts())
+    blocks = list(blocks_on(reader, device, 128))
+    assert [len(b) for b in blocks] == [128, 128, 44] and all(b.device.type == device.type for b in blocks)
+    assert np.allclose(torch.cat(blocks).cpu().numpy(), reader.read(slice(None)), rtol=1e-6)
+
+
+def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
+    reader = CellReader(counts())
+    assert on_device(reader, CPU) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * reader.counts.nnz, 2**40))
+    assert on_device(reader, CUDA, share=0.5) is None                              # more than half of what is free
+    import anndata as ad
+
+    ad.AnnData(counts(), obs={"k": ["a"] * 300}).write_h5ad(tmp_path / "cells.h5ad")
+    on_disk = SCLD(tmp_path / "cells.h5ad", "k", device="cpu")._reader
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    assert on_device(on_disk, CUDA) is None                                        # they are on disk for a reason
+
+
+# ------------------------------------------------------------------ likelihood of every entry
+
+@pytest.mark.parametrize("head", ["zinb", "nb", "poisson"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-cell"])
+@pytest.mark.parametrize("outliers", [True, False])
+def test_the_likelihood_of_every_entry_is_that_of_the_counted_ones(head, dispersion, outliers):
+    """Values and gradients of the two ways, in float64."""
+    torch.manual_seed(0)
+    x = torch.from_numpy(counts(20, 30).toarray()).double()
+    decoder = CountMap(30, 4, head=head, dispersion=dispersion, outliers=outliers).double()
+    z, library = torch.randn(20, 4, dtype=torch.float64), x.sum(1, keepdim=True).log()
+    found = []
+    for dense in (False, True):
+        decoder.zero_grad()
+        nll = count_nll(x, decoder(z, library), dense=dense)
+        nll.sum().backward()
+        found.append((nll.detach(), [p.grad.clone() for p in decoder.parameters() if p.grad is not None]))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-10)
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_the_likelihood_of_every_entry_keeps_its_digits_in_float32():
+    """Where r is large and the mean is small, log(r / (r + mu)) must not be a difference of logarithms."""
+    x = torch.zeros(2, 20_000)
+    x[:, ::50] = 3.0
+    exact = CountParameters(torch.full_like(x, -6.0).double(), torch.full_like(x, 8.0).double(), torch.full_like(x, -9.0).double())
+    single = CountParameters(*(None if p is None else p.float() for p in exact))
+    gap = count_nll(x, single, dense=True).double() - count_nll(x.double(), exact, dense=True)
+    assert gap.abs().max() < 1e-3 * 400                                            # per counted entry, as lgamma of 3,000 allows
+
+
+# ------------------------------------------------------------------ recorded steps
+
+def noisy(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 32), nn.SiLU(), nn.Dropout(0.3), nn.Linear(32, 6))
+
+
+def fitted(device: torch.device, *, halves: bool, steps: int = 40, **options):
+    """A small fit whose loss takes the step, or inputs that were prepared from it."""
+    model = noisy().to(device)
+
+    def inputs_of(step: int) -> list[torch.Tensor]:
+        return [torch.randn(16, 6) + step % 3]
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return (model(x) - x).square().mean()
+
+    given = {"inputs_of": inputs_of} if halves else {}
+    loss = loss_of if halves else lambda step: loss_of(inputs_of(step)[0].to(device))
+    result = fit(model, loss, steps=steps, seed=3, stage="toy", device=device, show=False, precision="fp32", ema=0.9, lr_schedule="cosine", **given, **options)
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()]), result
+
+
+def test_on_a_cpu_two_halves_are_the_whole():
+    assert all(torch.equal(a, b) for a, b in zip(fitted(CPU, halves=True)[:1], fitted(CPU, halves=False)[:1]))
+
+
+def test_a_function_off_the_gpu_is_just_called():
+    step = Recorded(lambda x, y: x.sum() + y, CPU)
+    assert [float(step(torch.full((2,), float(i)), torch.tensor(1.0))) for i in range(6)] == [1, 3, 5, 7, 9, 11]
+    assert step.calls == 6 and not step.recorded
+
+
+def test_recording_can_be_switched_off(monkeypatch):
+    assert Recorded(torch.sum, CUDA).usual == 3
+    monkeypatch.setenv("SCLD_CUDA_GRAPHS", "0")
+    assert Recorded(torch.sum, CUDA).usual is None
+
+
+def test_a_recording_that_fails_is_told_with_the_mend(monkeypatch):
+    class Fails:
+        def __init__(self, graph): ...
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        def __exit__(self, *_): ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Fails)
+    with pytest.raises(RuntimeError, match="SCLD_CUDA_GRAPHS=0"):
+        Recorded(torch.sum, CUDA)._record([])
+
+
+def test_tensors_stay_where_they_are():
+    assert all(t.device == CPU for t in send([torch.ones(2), torch.zeros(1)], CPU))
+
+
+def test_draws_of_algorithm_1():
+    torch.manual_seed(0)
+    to_global, t, eps = diffusion_draws(5000, 3, 50, p_uncond=0.2)
+    assert abs(float(to_global.float().mean()) - 0.2) < 0.02 and (t.min(), t.max()) == (1, 50) and abs(float(eps.std()) - 1) < 0.02
+    assert diffusion_draws(10, 3, 50, p_uncond=0.3, drop="first_k")[0].tolist() == [True] * 3 + [False] * 7
+    assert linear_schedule(10).to("cpu").alpha_bar.equal(linear_schedule(10).alpha_bar)
+
+
+@needs_gpu
+def test_replays_are_calls_with_new_inputs_and_seeds():
+    """Dropout included: a replay draws with the seed that is set when it is asked for."""
+    model = noisy().to(CUDA)
+    plain, recorded = Recorded(lambda x: model(x).sum(), CUDA, usual=None), Recorded(lambda x: model(x).sum(), CUDA)
+    found = {}
+    for name, function in (("plain", plain), ("recorded", recorded)):
+        found[name] = []
+        for i in range(10):
+            torch.manual_seed(100 + i // 2)
+            found[name].append(float(function(torch.full((4, 6), float(i)))))
+    assert recorded.recorded and not plain.recorded
+    assert found["plain"] == pytest.approx(found["recorded"], rel=1e-5) and len(set(found["plain"])) == 10
+
+
+@needs_gpu
+def test_a_recorded_fit_is_the_plain_one():
+    whole, halves = fitted(CUDA, halves=False, steps=250), fitted(CUDA, halves=True, steps=250)
+    assert torch.allclose(whole[0], halves[0], atol=1e-5) and whole[1].losses == pytest.approx(halves[1].losses, rel=1e-4)
+
+
+@needs_gpu
+def test_a_recorded_fit_resumes(tmp_path):
+    straight, _ = fitted(CUDA, halves=True, steps=60)
+    fitted(CUDA, halves=True, steps=25, checkpoint=tmp_path / "c")
+    resumed, result = fitted(CUDA, halves=True, steps=60, checkpoint=tmp_path / "c", resume=True)
+    assert result.step == 60 and resumed.shape == straight.shape
+
+
+@needs_gpu
+def test_the_gpu_learns_what_the_cpu_learns():
+    """Without dropout every draw is the CPU's, so that the weights agree as far as single precision and 30 steps let them."""
+    reader, found = CellReader(counts(400), target_sum=None, transform="none"), {}
+    for device in (CPU, CUDA):
+        torch.manual_seed(0)
+        pair = CountAutoencoder(40, 5, n_cells=400, hidden=32, width=16, input_dropout=0.0).to(device)
+        train_autoencoder(pair, reader, steps=30, batch_size=64, seed=1, device=device, show=False, precision="fp32", ema=None)
+        found[device.type] = torch.cat([p.detach().flatten().cpu() for p in pair.parameters()])
+    assert (found["cpu"] - found["cuda"]).abs().max() < 2e-3 and (found["cpu"] - found["cuda"]).abs().mean() < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"head": "mse", "widths": (64, 32)}, {"precision": "bf16"}, {"precision": "fp32"}, {"drop": "first_k", "min_snr": 5.0}])
+def test_a_model_on_the_gpu(options, tmp_path):
+    """Losses fall, the saved model draws the same latents' cells on the CPU in kind, and a second run is alike."""
+    train, _ = data.default_split(data.load("pbmc68k_reduced"))
+    models = [SCLD(train, "louvain", device="cuda", **options).train(300, ae_steps=300, sampling_steps=20, progress=False) for _ in range(2)]
+    for stage in ("autoencoder", "denoiser"):
+        losses = [m.history[stage]["losses"] for m in models]
+        assert losses[0][-1] < losses[0][0] and losses[0] == pytest.approx(losses[1], rel=2e-2)
+    cells = models[0].sample(200, sampling_steps=20, progress=False)
+    there = SCLD.load(models[0].save(tmp_path / "model"), device="cpu").sample(200, sampling_steps=20, progress=False)
+    assert cells.X.dtype == there.X.dtype and cells.n_obs == 200
+    assert np.corrcoef(np.asarray(cells.X.mean(0)).ravel(), np.asarray(there.X.mean(0)).ravel())[0, 1] > 0.97
