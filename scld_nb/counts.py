@@ -87,40 +87,51 @@ def count_start(counts: sp.spmatrix | DiskReader) -> CountStart:
     return CountStart(*(part.astype(np.float32) for part in (shares, log_r, outlier, outlier_mean)))
 
 # %% ../nbs/01_counts.ipynb #c016
-class _ZeroTerm(torch.autograd.Function):
-    """-log p(0), summed over the genes where nothing was counted; value and gradient in one pass.
+class _ZerosAndCounted(torch.autograd.Function):
+    """-log p(0), summed over the genes where nothing was counted, with its gradient; and the parameters of the entries that were counted.
 
     Inputs are log mu, log r (``None``: Poisson), the logit of the extra zeros (``None``: there are none), all ``(n, n_genes)``,
-    and the flat positions of the entries that are not zero.
+    and the flat positions of the counted entries. Outputs are the sum ``(n,)`` and the three inputs at those positions. An entry is
+    either zero or counted, so backwards the two kinds of gradient share one matrix.
     """
 
     @staticmethod
     def forward(ctx, log_mu, log_r, logit, stored):
-        mu = log_mu.exp()
+        d_r = d_logit = None
         if log_r is None:
-            a, d_mu, d_r, d_logit = mu.clone(), mu, None, None
+            d_mu = log_mu.exp()
+            a = d_mu.clone()
         else:
-            r = log_r.exp()
-            u = mu / r
-            d_mu = mu / (1.0 + u)                            # da / d log mu
-            a = u.log1p_().mul_(r)
-            d_r, d_logit = a - d_mu, None                    # da / d log r
+            r, u = log_r.exp(), (log_mu - log_r).exp_()
+            a = u.log1p().mul_(r)
+            d_mu = r.mul_(u).div_(u.add_(1.0))               # da / d log mu = r u / (1 + u), with u = mu / r
+            d_r = a - d_mu                                   # da / d log r
         if logit is not None:
-            s, e = torch.sigmoid(logit), torch.exp(-a)
-            p0 = torch.lerp(e, torch.ones_like(e), s)
-            weight = (1.0 - s).mul_(e).div_(p0)              # share of a zero that the counts explain
-            d_mu, d_r = d_mu * weight, None if d_r is None else d_r * weight
-            d_logit = (e - 1.0).mul_(s).mul_(1.0 - s).div_(p0)
+            extra = torch.sigmoid(logit)
+            others = 1.0 - extra
+            counts = a.neg_().exp_().mul_(others)            # probability of a zero by the counts alone
+            p0 = extra.add_(counts)
+            d_logit = counts - others
+            weight = counts.div_(p0)                         # share of a zero that the counts explain
+            d_mu.mul_(weight)
+            if d_r is not None:
+                d_r.mul_(weight)
+            d_logit.addcmul_(d_logit, weight, value=-1.0)
             a = p0.log_().neg_()
-        for part in (a, d_mu, d_r, d_logit):
-            if part is not None:
-                part.view(-1)[stored] = 0.0
-        ctx.save_for_backward(d_mu, d_r, d_logit)
-        return a.sum(dim=1)
+        a.view(-1).index_fill_(0, stored, 0.0)
+        ctx.save_for_backward(stored, d_mu, d_r, d_logit)
+        counted = (None if part is None else part.reshape(-1).index_select(0, stored) for part in (log_mu, log_r, logit))
+        return a.sum(dim=1), *counted
 
     @staticmethod
-    def backward(ctx, grad):
-        return *(None if part is None else part * grad[:, None] for part in ctx.saved_tensors), None
+    def backward(ctx, grad, *counted):
+        stored, *parts = ctx.saved_tensors
+        out = [None if part is None else part * grad[:, None] for part in parts]
+        for whole, part in zip(out, counted, strict=True):
+            if whole is not None:
+                whole.view(-1).index_copy_(0, stored, part)
+        return *out, None
+
 
 # %% ../nbs/01_counts.ipynb #c017
 class CountParameters(NamedTuple):
@@ -169,7 +180,7 @@ def _dense_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
     return -torch.where(x > 0, log_p, log_p0).sum(dim=1)
 
 
-def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | None = None) -> torch.Tensor:
+def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | None = None, stored: torch.Tensor | None = None) -> torch.Tensor:
     r"""$-\log p(x)$ of counts, summed over genes: nats per cell, shape ``(n,)``.
 
     An outlier is a count of at least 1, $q(x)=\tfrac1{M_g}(1-\tfrac1{M_g})^{x-1}$.
@@ -182,32 +193,33 @@ def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | Non
         Their distribution.
     dense
         Compute every term for every entry; default: on a GPU, where that is quicker than to look for those counted.
+    stored
+        Flat positions of the counted entries, where they are known already.
     """
     if x.is_cuda if dense is None else dense:
         return _dense_nll(x, parameters)
     log_mu, log_r, logit, outlier, outlier_mean = parameters
     flat = x.reshape(-1)
-    stored = flat.nonzero().squeeze(1)
-    y, m = flat[stored], log_mu.reshape(-1)[stored]
-    log_r = None if log_r is None else log_r.expand_as(log_mu)
-    if log_r is None:
+    stored = flat.nonzero().squeeze(1) if stored is None else stored
+    nll, m, lr, extra = _ZerosAndCounted.apply(log_mu, None if log_r is None else log_r.expand_as(log_mu), logit, stored)
+    y = flat[stored]
+    if lr is None:
         log_p = y * m - m.exp() - torch.lgamma(y + 1.0)
     else:
-        lr = log_r.reshape(-1)[stored]
         r, total = lr.exp(), torch.logaddexp(lr, m)
         log_p = torch.lgamma(y + r) - torch.lgamma(r) - torch.lgamma(y + 1.0) + r * (lr - total) + y * (m - total)
-    if logit is not None:
-        log_p = log_p - F.softplus(logit.reshape(-1)[stored])
+    if extra is not None:
+        log_p = log_p - F.softplus(extra)
     rows = torch.div(stored, x.shape[1], rounding_mode="floor")
-    nll = _ZeroTerm.apply(log_mu, log_r, logit, stored)
     if outlier is not None:
         assert outlier_mean is not None
         gene, body = stored % x.shape[1], F.softplus(outlier)                # body = -log(1 - epsilon)
-        stop = torch.exp(-outlier_mean)[gene]
-        log_q = torch.log(stop) + (y - 1.0) * torch.log1p(-stop)
-        log_p = torch.logaddexp(log_p - body[gene], log_q - F.softplus(-outlier)[gene])
-        nll = nll + body.sum() - torch.zeros_like(nll).index_add(0, rows, body[gene])
+        stop = torch.exp(-outlier_mean)
+        own, most, rest = (part.index_select(0, gene) for part in (body, torch.log(stop) - F.softplus(-outlier), torch.log1p(-stop)))
+        log_p = torch.logaddexp(log_p - own, most + (y - 1.0) * rest)
+        nll = nll + body.sum() - torch.zeros_like(nll).index_add(0, rows, own)
     return nll.index_add(0, rows, -log_p)
+
 
 # %% ../nbs/01_counts.ipynb #c022
 def _layers(n_in: int, hidden: int, n_out: int, dropout: float) -> nn.Sequential:
@@ -235,15 +247,15 @@ class CountRound(nn.Module):
         super().__init__()
         self.net, self.input_dropout = _layers(n_genes, hidden, 2 * d, dropout), input_dropout
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts ``(n, n_genes)`` to mean and log-variance, each ``(n, d)``."""
+    def forward(self, x: torch.Tensor, stored: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts ``(n, n_genes)``, with the flat positions of those that are not zero if they are known, to mean and log-variance, each ``(n, d)``."""
         if x.is_cuda:
             seen = dropout(x.log1p(), self.input_dropout, self.training)
         else:                                                # draws for the counted entries alone
             flat = x.reshape(-1)
-            stored = flat.nonzero().squeeze(1)
+            stored = flat.nonzero().squeeze(1) if stored is None else stored
             values = dropout(flat[stored].log1p(), self.input_dropout, self.training, entries=True)
-            seen = torch.zeros_like(flat).index_put((stored,), values).view_as(x)
+            seen = torch.zeros_like(flat).index_copy(0, stored, values).view_as(x)
         mean, log_var = self.net(seen).float().chunk(2, dim=1)
         return mean, (log_var - 1.0).clamp(-8.0, 4.0)
 
@@ -412,9 +424,10 @@ class CountAutoencoder(nn.Module):
 
     def loss(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Nats per count entry of a batch: likelihood, weighted divergence and the prior of the loadings; a scalar."""
-        mean, log_var = self.round(x)
+        stored = None if x.is_cuda else x.reshape(-1).nonzero().squeeze(1)
+        mean, log_var = self.round(x, stored)
         z = mean + torch.exp(0.5 * log_var) * (self.noise(len(x)).to(mean.device) if noise is None else noise)
-        nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()))
+        nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()), stored=stored)
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(dim=1)
         return ((nll + self.kl * kl).mean() + self.map.penalty(self.tau) / self.n_cells) / self.n_genes
 
