@@ -31,7 +31,7 @@ from scld_nb import data
 from scld_nb.counts import fit_count_statistics
 from scld_nb.data import InputError
 from scld_nb.experiments import project_root, provenance, write_json
-from scld_nb.gpu import sparse_rows
+from scld_nb.gpu import Recorded, sparse_rows
 from scld_nb.metrics import rf_auc
 from scld_nb.model import SCLD
 from scld_nb.training import reduced_precision, resolve_device, train_autoencoder, train_denoiser
@@ -97,18 +97,9 @@ class Products(TorchDispatchMode):
 
 def at_once(work, device: torch.device):
     """A function that does the same; on a GPU as one recorded graph, since asking for each operation would take longer than doing it."""
-    if device.type != "cuda":
-        return work
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    nothing = torch.zeros((), device=device)
+    recorded = Recorded(lambda: (work(), nothing)[1], device)
+    return lambda: recorded()
 
 
 def seconds(work, device: torch.device, times: int = 1) -> float:
