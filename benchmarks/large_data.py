@@ -10,6 +10,7 @@ train     one epoch of Round/Map and one of the denoiser from disk, the Scorer, 
 reading   minibatches per second from disk and from memory, and training steps with either, on the first --fit-cells cells
 scale     seconds per cell of every stage at growing numbers of cells, with a picture
 sample    a tenth of --draw cells and all of them, into a file
+judge     the whole evaluation of two draws of --judge-cells from a tenth of the file and from all of it
 
 Results, with provenance, are in results/large_data/; a file there is reused if it was asked for in the same words. Exit status 1
 if a peak is above --limit-gib or reading from disk leaves less than 60 % of the training speed.
@@ -34,6 +35,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scld_nb.data import CellReader, InputError
+from scld_nb.evaluation import evaluate
 from scld_nb.experiments import project_root, provenance, reuse_json, write_json
 from scld_nb.large import CellWriter, open_cells
 from scld_nb.model import SCLD
@@ -182,13 +184,22 @@ def measure_sample(given) -> dict:
     return found
 
 
-MEASURE = {"train": measure_train, "reading": measure_reading, "size": measure_size, "sample": measure_sample}
+def measure_judge(given) -> dict:
+    """Two random draws of one file: every area under a curve should lie at 0.5, and memory must not know how long the file is."""
+    cells = open_cells(given.file)
+    part = cells.take(np.arange(given.size))
+    report = evaluate(part, part, labels_key=LABELS, suite=True, n_max=given.judge_cells, n_trees=100, negative=False, n_jobs=1, progress=False)
+    return {"cells": given.size, "n": report.settings["n"], "n_judge": report.settings["n_judge"],
+            "rf_auc": report.value("rf_auc"), "combined": report.value("combined", "counts")}
+
+
+MEASURE = {"train": measure_train, "reading": measure_reading, "size": measure_size, "sample": measure_sample, "judge": measure_judge}
 
 
 def measured(stage: str, given, **changed) -> dict:
     """A measurement in a new process (with --here in this one), with its peak of resident memory."""
     words = {"file": given.file, "work": given.work, "device": given.device, "batch-size": given.batch_size, "fit-cells": given.fit_cells,
-             "most-steps": given.most_steps, "sampling-steps": given.sampling_steps, "sampler": given.sampler} | changed
+             "most-steps": given.most_steps, "sampling-steps": given.sampling_steps, "sampler": given.sampler, "judge-cells": given.judge_cells} | changed
     line = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     if given.here:
         record = run_stage(stage, parser().parse_args(line))
@@ -241,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--fit-cells", type=int, default=100_000, help="cells that are held in memory for the comparison")
     p.add_argument("--most-steps", type=int, default=400, help="steps of a timed training (train: one epoch)")
     p.add_argument("--draw", type=int, default=100_000, help="cells to draw")
+    p.add_argument("--judge-cells", type=int, default=10_000, help="cells a side of the evaluation")
     p.add_argument("--sampler", default="ddim")
     p.add_argument("--sampling-steps", type=int, default=20)
     p.add_argument("--batch-size", type=int, default=128)
@@ -301,14 +313,19 @@ def whole(given) -> int:
         return {"draws": [measured("sample", given, size=n) for n in draws]}
 
     drawn = record("sample", model | {"draws": draws, "sampler": given.sampler}, draw)
+    parts = sorted({max(10, given.cells // 10), given.cells})
+    judged = record("judge", {"parts": parts, "judge_cells": given.judge_cells}, lambda: {"parts": [measured("judge", given, size=n) for n in parts]})
     picture(scale, folder / "scale.png")
-    peaks = {"train": trained["peak_memory_gib"], "sample": max(r["peak_memory_gib"] for r in drawn["draws"])}
+    peaks = {"train": trained["peak_memory_gib"], "sample": max(r["peak_memory_gib"] for r in drawn["draws"]),
+             "judge": max(r["peak_memory_gib"] for r in judged["parts"])}
     print(f"file: {trained['file']['cells']:,} cells x {trained['file']['genes']:,} genes, {trained['file']['gib']} GiB")
     print(f"one epoch of each stage from disk: peak {peaks['train']:.2f} GiB")
     print(f"disk / memory: reading {reading['reading_ratio']:.2f}, training {reading['training_ratio']:.2f} (bar {BAR})")
     print(f"dearest / cheapest cell over {sizes[0]:,} to {sizes[-1]:,} cells: {spread(scale)}")
     for r in drawn["draws"]:
         print(f"drawn into a file: {r['cells']:,} cells, {r['cells_per_s']:,.0f} per second, peak {r['peak_memory_gib']:.2f} GiB")
+    for r in judged["parts"]:
+        print(f"evaluation of {r['n']:,} of {r['cells']:,} cells: {r['seconds_in_all']:,.0f} s, peak {r['peak_memory_gib']:.2f} GiB")
     if not given.keep:
         for path in (Path(given.file), Path(given.file).with_suffix(".json")):
             path.unlink(missing_ok=True)

@@ -539,6 +539,10 @@ def evaluate(
         int | None,
         typer.Option(min=5, help="Most cells a side for classifiers and MMD; default: all with --quick, else 1500."),
     ] = None,
+    n_max: Annotated[int | None, typer.Option(min=5, help="Most cells a side; default: all, and 10000 with --backed.")] = None,
+    backed: Annotated[
+        bool, typer.Option("--backed", help="Leave the files on disk (counts as CSR); of each, at most --n-max cells are read.")
+    ] = False,
 ) -> None:
     """Compare synthetic cells with real ones, every number beside its controls."""
     if not speaks():
@@ -546,8 +550,8 @@ def evaluate(
     from scld_nb.data import _read_h5ad
     from scld_nb.evaluation import evaluate as compare
 
-    cells = {
-        name: _read_h5ad(path)
+    cells: dict = {
+        name: path if backed else _read_h5ad(path)
         for name, path in {"real": real, "synth": synth, "train": train}.items()
         if path is not None
     }
@@ -562,6 +566,7 @@ def evaluate(
         n_trees=n_trees,
         suite=not quick,
         n_judge=n_judge,
+        n_max=n_max,
         progress=None if sys.stderr.isatty() else False,
     )
     typer.echo(str(report))

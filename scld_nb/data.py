@@ -31,6 +31,7 @@ import pandas as pd
 import requests
 import scipy.io
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .files import replacing
@@ -626,7 +627,8 @@ def cluster(adata: ad.AnnData, *, resolution: float = 0.15, n_pcs: int = 50, see
     counts = counts_matrix(adata, allow_empty_cells=True)
     with warnings.catch_warnings(), tqdm(total=4, desc="clustering", disable=_quiet() or adata.n_obs < 5_000) as bar:
         warnings.simplefilter("ignore")  # deprecation notes of louvain and scanpy
-        work = _neighbour_graph(counts, n_pcs, seed, bar.update)
+        with threadpool_limits(None):  # numba's first loop gives all libraries of the process its own number of threads: that of before comes back
+            work = _neighbour_graph(counts, n_pcs, seed, bar.update)
         used, labels = resolution, _communities(work, resolution, seed, flavor)
         bar.update()
         if n_clusters not in (None, len(labels.categories)):

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import torch
+from threadpoolctl import threadpool_limits
 
 from . import data
 from .baselines import BASELINES, TITLES, compete, installed_baselines, remaining
@@ -265,7 +266,7 @@ def variable_genes(train: ad.AnnData, test: ad.AnnData, n_genes: int) -> tuple[a
         raise InputError(f"n_genes must be at least 2, got {n_genes}")
     work = ad.AnnData(data.library_normalize(data.counts_matrix(train)), var=pd.DataFrame(index=train.var_names))
     work.X.data = np.log1p(work.X.data)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(None):      # numba's threads, see `scld_nb.data.cluster`
         warnings.simplefilter("ignore")
         found = sc.pp.highly_variable_genes(work, n_top_genes=n_genes, flavor="cell_ranger", inplace=False)
     keep = np.sort(found["dispersions_norm"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1][:n_genes])

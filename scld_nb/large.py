@@ -82,7 +82,7 @@ class DiskCounts:
     path
         The file.
     layer
-        Layer that holds the counts; default: ``layers/counts`` if there, else ``X``.
+        Layer that holds the counts, or "X"; default: ``layers/counts`` if there, else ``X``.
 
     Attributes
     ----------
@@ -116,9 +116,10 @@ class DiskCounts:
 
     def _open(self, layer: str | None) -> None:
         layers = list(self._file.get("layers", ()))
-        if layer is not None and layer not in layers:
+        if layer not in (None, "X", *layers):
             raise InputError(f"no layer {layer!r}; layers there: {', '.join(layers) or 'none'}; leave layer out to use X")
         layer = layer or ("counts" if "counts" in layers else None)
+        layer = None if layer == "X" and "X" not in layers else layer
         slot, key = ("X", "X") if layer is None else (f"layers[{layer!r}]", f"layers/{layer}")
         self.slot = f"{slot} of {self.path.name}"
         if key not in self._file:
@@ -375,6 +376,14 @@ class DiskCells:
         except Exception as error:                             # h5py, anndata and pandas have many for a damaged file
             raise self.counts._damaged(f"column {key!r} of obs cannot be read ({_one_line(error)})") from None
         return values
+
+    def records(self, *keys: str) -> dict:
+        """Those of the given entries of the file's ``uns`` that are there."""
+        there = self.counts._file.get("uns", {})
+        try:
+            return {key: read_elem(there[key]) for key in keys if key in there}
+        except Exception as error:                             # h5py and anndata have many for a damaged file
+            raise self.counts._damaged(f"uns cannot be read ({_one_line(error)})") from None
 
     def labelled(self, key: str | None) -> SimpleNamespace:
         """What `scld_nb.model.read_labels` looks at: ``obs`` with one column, and ``n_obs``."""

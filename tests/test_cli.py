@@ -254,6 +254,15 @@ def test_evaluate_without_folder_prints_only(trained, tmp_path, capsys, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_evaluate_leaves_files_on_disk(trained, capsys, monkeypatch):
+    line = f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5 --quick"
+    assert call(f"{line} --n-max 50") == 0 and "n_real = n_fake = 50" in (drawn := capsys.readouterr().out)
+    monkeypatch.setattr(data, "_read_h5ad", lambda path: pytest.fail(f"{path} was read whole"))
+    assert call(f"{line} --n-max 50 --backed") == 0 and "50 of 320 cells of synth were read" in (read := capsys.readouterr().out)
+    areas = [[row for row in out.splitlines() if "rf_auc " in row and "counts20k" in row] for out in (drawn, read)]
+    assert len(areas[0]) == 1 and [a[0].split()[4] for a in areas][0] == areas[1][0].split()[4]
+
+
 def test_options_of_sample(trained, tmp_path):
     out = tmp_path / "x.h5ad"
     assert (

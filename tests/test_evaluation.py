@@ -381,3 +381,92 @@ def test_load_refuses(content, tmp_path):
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match="report"):
         Report.load(tmp_path)
+
+
+# --- files that stay on disk
+
+
+@pytest.fixture
+def files(groups, tmp_path):
+    real, fake, train = groups
+    paths = {name: tmp_path / f"{name}.h5ad" for name in ("real", "synth", "train")}
+    for path, adata in zip(paths.values(), (real, synthetic(fake, "counts", fake.X, method="m"), train)):
+        adata.write_h5ad(path)
+    return paths
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_files_are_judged_like_cells_in_memory(files, groups, backed):
+    """Every record, the suite and the labels included, and the pictures' cells."""
+    real, fake, train = groups
+    options = {"labels_key": "type", "min_cluster": 10, "suite": True, **QUICK}
+    whole = evaluate(real, synthetic(fake, "counts", fake.X, method="m"), train=train, **options)
+    there = {k: ad.read_h5ad(p, backed="r") if backed else str(p) for k, p in files.items()}
+    lazy = evaluate(there["real"], there["synth"], train=there["train"], **options)
+    pd.testing.assert_frame_equal(lazy.to_frame(), whole.to_frame())
+    assert lazy.notes == whole.notes and lazy.controls == whole.controls and lazy.details == whole.details
+
+
+def test_of_a_file_no_more_is_read_than_is_compared(files, groups, monkeypatch):
+    from scld_nb.large import DiskCounts
+
+    real, fake, train = groups
+    read, entries = [], DiskCounts._entries
+    monkeypatch.setattr(DiskCounts, "_entries", lambda self, a, b: read.append((self.path.stem, b - a)) or entries(self, a, b))
+    monkeypatch.setattr("scld_nb.large.GAP", 0)                # no entry of a cell between two chosen ones
+    options = {"n_max": 20, "negative": False, **QUICK}
+    few = evaluate(files["real"], files["synth"], train=files["train"], **options)
+    for name, adata in zip(files, groups):
+        assert sum(n for who, n in read if who == name) < adata.X.nnz / 2
+    assert few.notes[1:4] == [f"20 of {n} cells of {k} were read, drawn at random" for k, n in (("real", 60), ("synth", 90), ("train", 150))]
+    one, other = synthetic(fake, "counts", fake.X), few.settings["bandwidth"]
+    drawn = evaluate(real, one, train=train, **options)
+    for space in SPACES:                                       # the same cells as from memory
+        assert few.value("rf_auc", space) == drawn.value("rf_auc", space)
+    assert other != drawn.settings["bandwidth"]                # which are all that the file's bandwidth is made from
+
+
+def test_without_n_max_a_file_gives_ten_thousand_cells(files, monkeypatch):
+    monkeypatch.setattr("scld_nb.evaluation.FROM_DISK", 30)
+    report = evaluate(files["real"], files["synth"], train=files["train"], **QUICK)
+    assert set(report.to_frame()["n"]) == {30} and set(report.to_frame()["control_n"]) == {30}
+
+
+def test_twins_of_two_files_stay_together(files, groups, tmp_path):
+    real, fake, _ = groups
+    synthetic(real, "counts", real.X * 2).write_h5ad(tmp_path / "twins.h5ad")
+    report = evaluate(files["real"], tmp_path / "twins.h5ad", paired=True, n_max=40, negative=False, **QUICK)
+    assert report.value("mmd_biased") < 1e-6                   # twice the counts is the same cell: the same rows were drawn
+    with pytest.raises(InputError, match="paired cells need equal numbers, got 60 real and 90 synthetic"):
+        evaluate(files["real"], files["synth"], paired=True, n_max=20, **QUICK)
+
+
+def test_what_a_generated_file_holds_is_in_x(files, groups, tmp_path):
+    real, fake, _ = groups
+    made = synthetic(fake, "log1p20k", library_normalize(fake.X).log1p())
+    made.layers["counts"] = sp.csr_matrix(np.ones(fake.shape, np.float32))
+    made.write_h5ad(tmp_path / "made.h5ad")
+    report = evaluate(files["real"], tmp_path / "made.h5ad", **QUICK)
+    assert report.value("rf_auc") == evaluate(real, made, **QUICK).value("rf_auc")
+
+
+@pytest.mark.parametrize(
+    ("broken", "options", "message"),
+    [
+        (lambda a: a, {"labels_key": "kind"}, r"synth\.obs has no column 'kind': it has type"),
+        (lambda a: ad.AnnData(a.X.toarray(), a.obs, a.var, uns=a.uns), {}, r"X of synth\.h5ad is dense.*rewrite it once"),
+        (lambda a: ad.AnnData(a.X.tocsc(), a.obs, a.var, uns=a.uns), {}, r"X of synth\.h5ad is CSC.*rewrite it once"),
+        (lambda a: a[:, 3:].copy(), {}, r"synth lacks 3 of 40 genes \(gene0, gene1, gene2\)"),
+    ],
+)
+def test_files_that_cannot_be_judged(files, groups, broken, options, message):
+    real, fake, _ = groups
+    broken(synthetic(fake, "counts", fake.X)).write_h5ad(files["synth"])
+    if options:
+        fake = real.copy()
+        fake.obs["kind"] = "x"
+        fake.write_h5ad(files["real"])
+    with pytest.raises(InputError, match=message):
+        evaluate(files["real"], files["synth"], **options, **QUICK)
+    with pytest.raises(InputError, match="no such file"):
+        evaluate(files["real"], files["real"].with_name("nowhere.h5ad"), **QUICK)

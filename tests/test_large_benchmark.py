@@ -27,21 +27,22 @@ def test_generated_cells_are_counts_of_the_density_asked_for(script, tmp_path):
 
 def test_whole_run_and_reuse(script, tmp_path, capsys):
     line = (
-        f"--cells 400 --genes 60 --nnz 15 --sizes 150 400 --fit-cells 200 --most-steps 2 --draw 20 --sampling-steps 2 --device cpu "
+        f"--cells 400 --genes 60 --nnz 15 --sizes 150 400 --fit-cells 200 --most-steps 2 --draw 20 --judge-cells 60 --sampling-steps 2 --device cpu "
         f"--work {tmp_path}/work --root {tmp_path} --limit-gib 1000 --here"
     ).split()
     assert script.main(line) in (0, 1)                                            # 1: slower than the bar, on a busy machine
     out = capsys.readouterr().out
-    assert all(word in out for word in ("generated", "one epoch of each stage from disk", "disk / memory", "drawn into a file: 20 cells"))
+    assert all(word in out for word in ("generated", "one epoch of each stage from disk", "disk / memory", "drawn into a file: 20 cells", "evaluation of 60 of 400 cells"))
     folder = tmp_path / "results" / "large_data"
     found = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
-    assert set(found) == {"train", "reading", "scale", "sample"} and (folder / "scale.png").stat().st_size > 1000
+    assert set(found) == {"train", "reading", "scale", "sample", "judge"} and (folder / "scale.png").stat().st_size > 1000
     assert found["train"]["steps"] == 3 and found["train"]["peak_memory_gib"] > 0 and found["train"]["provenance"]["packages"]["torch"]
     assert [r["cells"] for r in found["scale"]["sizes"]] == [150, 400] and [r["cells"] for r in found["sample"]["draws"]] == [2, 20]
     for run in found["scale"]["sizes"]:
         assert set(run["stages"]) == {"open", "autoencoder", "latents", "denoiser"}
         assert all(s["us_per_cell"] > 0 for s in run["stages"].values())
     assert found["reading"]["cells"] == 200 and found["reading"]["training_ratio"] > 0
+    assert [(r["cells"], r["n"]) for r in found["judge"]["parts"]] == [(40, 40), (400, 60)] and 0.2 < found["judge"]["parts"][1]["rf_auc"] < 0.8
     assert not list((tmp_path / "work").glob("*.h5ad"))
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
     assert script.main(line) in (0, 1) and "generated" not in capsys.readouterr().out
