@@ -2,11 +2,15 @@
 
 import json
 
+import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
-from conftest import benchmark_script
+from conftest import benchmark_script, planted_cells
 from torch import nn
+
+from scld_nb.model import SCLD
 
 TINY = ["--cells", "200", "--genes", "60", "--turns", "1", "--steps", "2", "--warm-steps", "3", "--cells-drawn", "40", "--device", "cpu",
         "--denoiser-steps", "4", "--ae-steps", "4", "--draw", "90"]
@@ -52,3 +56,31 @@ def test_all_parts_without_scvi(script, tmp_path, capsys):
 
 def test_scvi_needs_real_cells(script, capsys):
     assert script.main(["--parts", "scvi"]) == 2 and "give --file" in capsys.readouterr().err
+
+
+def test_our_shortest_training_that_is_no_worse(script, tmp_path, monkeypatch, capsys):
+    """With a stand-in for scVI that draws noise, a tenth of our training will do; both are judged on test cells."""
+
+    class Noise:
+        def fit(self, train, key):
+            self.train = train
+
+        def sample(self, n, seed):
+            rng = np.random.default_rng(seed)
+            x = sp.csr_matrix(rng.poisson(1.0, (n, self.train.n_vars)).astype(np.float32))
+            return ad.AnnData(x, var=self.train.var[[]], uns={"scld": {"scale": "counts"}})
+
+        def steps_published(self, n):
+            return 7
+
+    monkeypatch.setattr("scld_nb.baselines.make_baseline", lambda name, **options: Noise())
+    monkeypatch.setattr(SCLD, "training_steps", lambda self, steps=None, ae_steps=None: (steps or 20, ae_steps or 30))
+    planted_cells(300).write_h5ad(tmp_path / "cells.h5ad")
+    line = ["--parts", "scvi", "--file", str(tmp_path / "cells.h5ad"), "--labels", "cell_type", "--seeds", "0", "1", "--trees", "5",
+            "--device", "cpu", "--root", str(tmp_path)]
+    assert script.main(line) == 0
+    assert "fit_s: scVI / SCLD" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results" / "speed" / "scvi-cpu.json").read_text())["found"]["scvi"]
+    assert [(r["method"], r["seed"]) for r in rows] == [("scVI", 0), ("SCLD", 0), ("scVI", 1), ("SCLD", 1)]
+    assert all(r["chosen"] and r["fit_s"] > 0 and r["n"] == 46 and r["auc_test"] > 0.7 for r in rows if r["method"] == "scVI")
+    assert [r["steps"] for r in rows] == [7, 2, 7, 2]
