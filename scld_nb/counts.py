@@ -457,7 +457,7 @@ class CountAutoencoder(nn.Module):
         return draw_counts(self.parameters_of(z), generator=generator)
 
 # %% ../nbs/01_counts.ipynb #c037
-def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device: torch.device, size: int = 1024) -> torch.Tensor:
+def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device: torch.device, size: int = 1024, most: int = 131_072) -> torch.Tensor:
     """Move the offset of each gene so that drawn training cells hold as many of its counts as were counted.
 
     Parameters
@@ -466,6 +466,8 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
         Trained; the offsets of Map are changed.
     reader, device, size
         As in `fit_count_statistics`.
+    most
+        Cells that are enough: of a larger set only every second, third, ... block is looked at.
 
     Returns
     -------
@@ -474,7 +476,7 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
     generator = torch.Generator().manual_seed(0)
     counted, expected = (torch.zeros(autoencoder.n_genes, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        for x in blocks_on(reader, device, size):
+        for x in blocks_on(reader, device, size, every=-(-reader.n_obs // most)):
             mean, log_var = autoencoder.round(x)
             z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator).to(device)
             counted += x.sum(0).double().cpu()

@@ -67,7 +67,7 @@ def on_device(reader: CellReader, device: torch.device, *, share: float = 0.5) -
     return OnDevice(reader.read_sparse(slice(None)), device)
 
 # %% ../nbs/00_gpu.ipynb #c017
-def blocks_on(reader: CellReader, device: torch.device, size: int = 1024) -> Iterator[torch.Tensor]:
+def blocks_on(reader: CellReader, device: torch.device, size: int = 1024, *, every: int = 1) -> Iterator[torch.Tensor]:
     """All cells of a reader in their order, as dense blocks of at most ``size`` cells on the device.
 
     Parameters
@@ -78,13 +78,15 @@ def blocks_on(reader: CellReader, device: torch.device, size: int = 1024) -> Ite
         Where the blocks are wanted; a GPU is sent the entries that are not zero.
     size
         Cells per block.
+    every
+        1: all blocks; 3: the first, the fourth, the seventh and so on.
     """
-    if device.type != "cuda":
-        for block in reader.blocks(size):
-            yield torch.from_numpy(block).to(device)
-        return
-    for start in range(0, reader.n_obs, size):
-        part = reader.read_sparse(slice(start, start + size))
+    for start in range(0, reader.n_obs, size * every):
+        rows = slice(start, start + size)
+        if device.type != "cuda":
+            yield torch.from_numpy(reader.read(rows)).to(device)
+            continue
+        part = reader.read_sparse(rows)
         pointers, columns, values = (torch.from_numpy(a) for a in (part.indptr, part.indices, part.data))
         yield torch.sparse_csr_tensor(pointers, columns, values, size=part.shape, check_invariants=False).to(device).to_dense()
 

@@ -16,6 +16,7 @@ from scld_nb.counts import (
     CountAutoencoder,
     CountMap,
     CountParameters,
+    calibrate_means,
     count_nll,
     count_start,
     draw_counts,
@@ -189,6 +190,23 @@ def test_training_lowers_the_loss_and_standardises_draws(trained):
     np.testing.assert_allclose(z.std(0), 1, atol=0.12)
     library = mean[:, -1] * pair.latent_std[-1] + pair.latent_mean[-1]
     np.testing.assert_allclose(library.exp(), reader.library_size, rtol=1e-3)
+
+
+def test_of_a_large_set_some_blocks_do_for_the_means(monkeypatch):
+    """A decoder whose means are off by known factors gets nearly the offsets that all cells would give it, from a quarter of them."""
+    rng = np.random.default_rng(0)
+    counts = sp.csr_matrix(rng.poisson(rng.gamma(20.0, 1.0, 40), (2000, 40)).astype(np.float32))
+    reader, seen, steps = CellReader(counts, target_sum=None, transform="none"), [], {}
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda rows: seen.append(rows.start) or read(rows))
+    for most in (2000, 500, 499):
+        torch.manual_seed(0)
+        pair = CountAutoencoder(40, 3, n_cells=2000, hidden=16, width=8, start=count_start(counts)).eval()
+        with torch.no_grad():
+            pair.map.mean.bias.add_(torch.linspace(-0.3, 0.3, 40))
+        steps[most] = calibrate_means(pair, reader, device=torch.device("cpu"), size=100, most=most)
+    assert seen == [*range(0, 2000, 100), *range(0, 2000, 400), *range(0, 2000, 500)]
+    assert steps[2000].std() > 0.1 and (steps[500] - steps[2000]).abs().max() < 0.05 < (steps[500] - steps[500].flip(0)).abs().max()
 
 
 def test_an_abundant_scattered_gene_keeps_its_mean_beside_switched_genes():

@@ -58,6 +58,8 @@ def test_blocks_are_all_cells_in_order(device):
     blocks = list(blocks_on(reader, device, 128))
     assert [len(b) for b in blocks] == [128, 128, 44] and all(b.device.type == device.type for b in blocks)
     assert np.allclose(torch.cat(blocks).cpu().numpy(), reader.read(slice(None)), rtol=1e-6)
+    some = list(blocks_on(reader, device, 128, every=2))
+    assert len(some) == 2 and all(torch.equal(a, b) for a, b in zip(some, blocks[::2]))
 
 
 def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
