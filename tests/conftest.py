@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")                # its first loop sets the number for all libraries
 
 import anndata as ad
 import numpy as np

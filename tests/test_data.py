@@ -741,7 +741,8 @@ def test_clustering_leaves_the_number_of_threads_alone():
     """numba sets it for every library of the process, and with it the last digits of whatever is trained afterwards."""
     code = ("import torch; from conftest import planted_cells; from scld_nb.data import cluster; torch.set_num_threads(1); "
             "before = torch.get_num_threads(); cluster(planted_cells(400, seed=2)); print(before, torch.get_num_threads())")
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONWARNINGS": "ignore"}
+    env = {k: v for k, v in os.environ.items() if k != "NUMBA_NUM_THREADS"}
+    env |= {"PYTHONPATH": str(Path(__file__).parent), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == "1 1\n", done.stderr
 
