@@ -122,6 +122,13 @@ def gap(one: dict, other: dict) -> float:
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one if one[k].numel() and torch.isfinite(one[k]).all())
 
 
+def relative(one: dict, other: dict) -> float:
+    """Length of the difference of all weights over the length of the weights."""
+    assert one.keys() == other.keys()
+    pairs = [(one[k].double(), other[k].double()) for k in one if one[k].numel() and torch.isfinite(one[k]).all()]
+    return (sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5
+
+
 def state(module: nn.Module) -> dict:
     return {k: v.clone() for k, v in module.state_dict().items()}
 
@@ -321,10 +328,13 @@ def _model(cells, folder=None, resume=False, **options):
 
 @pytest.mark.parametrize("head", ["zinb", "mse"])
 def test_a_whole_model_in_two_processes(team, cells30, tmp_path, head):
+    """The denoiser learns from latents of another autoencoder, the same but for its last digits. For the same latents it is held
+    to 1e-6 above; here Adam makes a whole step of a gradient that is nothing but rounding, and how many there are is the processor's."""
     alone, history = _model(cells30, head=head)
     told = values(team(2, lambda: _model(cells30, tmp_path, head=head)).wait())
     for states, _ in told:
-        assert gap(alone["autoencoder"], states["autoencoder"]) < 1e-6 and gap(alone["denoiser"], states["denoiser"]) < 1e-6
+        assert gap(alone["autoencoder"], states["autoencoder"]) < 1e-6
+        assert relative(alone["denoiser"], states["denoiser"]) < 3e-6 and gap(alone["denoiser"], states["denoiser"]) < 5e-5
     assert all(gap(told[0][0][k], told[1][0][k]) == 0 for k in alone)
     assert told[0][1]["scorer"] == told[1][1]["scorer"] and told[0][1]["scorer"]["n_real"] == history["scorer"]["n_real"]
     assert told[0][1]["denoiser"]["loss"] == pytest.approx(history["denoiser"]["loss"], abs=1e-5)
