@@ -329,12 +329,13 @@ def _model(cells, folder=None, resume=False, **options):
 @pytest.mark.parametrize("head", ["zinb", "mse"])
 def test_a_whole_model_in_two_processes(team, cells30, tmp_path, head):
     """The denoiser learns from latents of another autoencoder, the same but for its last digits. For the same latents it is held
-    to 1e-6 above; here Adam makes a whole step of a gradient that is nothing but rounding, and how many there are is the processor's."""
+    to 1e-6 above; behind a count head Adam makes a whole step of a gradient that is nothing but rounding, as the processor has it."""
     alone, history = _model(cells30, head=head)
     told = values(team(2, lambda: _model(cells30, tmp_path, head=head)).wait())
     for states, _ in told:
         assert gap(alone["autoencoder"], states["autoencoder"]) < 1e-6
-        assert relative(alone["denoiser"], states["denoiser"]) < 3e-6 and gap(alone["denoiser"], states["denoiser"]) < 5e-5
+        off, largest = relative(alone["denoiser"], states["denoiser"]), gap(alone["denoiser"], states["denoiser"])
+        assert largest < 1e-6 if head == "mse" else off < 2e-6 and largest < 2e-5
     assert all(gap(told[0][0][k], told[1][0][k]) == 0 for k in alone)
     assert told[0][1]["scorer"] == told[1][1]["scorer"] and told[0][1]["scorer"]["n_real"] == history["scorer"]["n_real"]
     assert told[0][1]["denoiser"]["loss"] == pytest.approx(history["denoiser"]["loss"], abs=1e-5)
