@@ -4,6 +4,7 @@ Most teams here are forked from the test process, which has everything imported,
 give them; two tests go through `accelerate launch` and `notebook_launcher` themselves.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 import types
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from scld_nb.training import batch_rows, fit, resolve_device, train_autoencoder,
 
 CPU = torch.device("cpu")
 SMALL = TINY | {"widths": (16, 8), "hidden": 16, "latent": 6, "batch_size": 50, "scorer_cells": 64}
+ROUNDING = 1e-12                                                   # of sums in double precision, after some dozens of steps
 ENDS = float(os.environ.get("SCLD_TEST_ENDS_S", "100"))           # seconds after which a test says that something hangs
 
 
@@ -127,6 +130,38 @@ def relative(one: dict, other: dict) -> float:
     assert one.keys() == other.keys()
     pairs = [(one[k].double(), other[k].double()) for k in one if one[k].numel() and torch.isfinite(one[k]).all()]
     return (sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5
+
+
+@contextmanager
+def double_precision():
+    """Whatever asks for single precision within gets double, in which rounding is too small to hide another sum, row or draw."""
+    names = [(torch, "float32"), (torch.Tensor, "float"), (torch, "from_numpy"), (torch, "as_tensor")]
+    kept = [getattr(place, name) for place, name in names]
+    single, _, from_numpy, as_tensor = kept
+
+    def wide(tensor):
+        return tensor.double() if tensor.dtype == single else tensor
+
+    others = [torch.float64, torch.Tensor.double, lambda a: wide(from_numpy(a)), lambda *a, **k: wide(as_tensor(*a, **k))]
+    try:
+        torch.set_default_dtype(torch.float64)
+        for (place, name), other in zip(names, others):
+            setattr(place, name, other)
+        yield
+    finally:
+        for (place, name), own in zip(names, kept):
+            setattr(place, name, own)
+        torch.set_default_dtype(torch.float32)
+
+
+def doubled(work):
+    """`work`, done in double precision."""
+    @functools.wraps(work)
+    def wrapper(*args, **options):
+        with double_precision():
+            return work(*args, **options)
+
+    return wrapper
 
 
 def state(module: nn.Module) -> dict:
@@ -271,21 +306,21 @@ def _both(cells, drop="random", steps=40, **options):
 @pytest.mark.parametrize("n, drop", [(2, "random"), (3, "first_k")])
 def test_two_and_three_processes_end_at_the_weights_of_one(team, cells30, n, drop):
     """Input dropout by entries, dropout in both networks, posterior noise, spread of latents, slices of 16, 17 and 17 rows."""
-    alone = _both(cells30, drop)
-    told = values(team(n, _both, cells30, drop).wait())
+    alone = doubled(_both)(cells30, drop)
+    told = values(team(n, doubled(_both), cells30, drop).wait())
     start = parts_of(cells30)
     assert gap(state(start[1]), alone[0]) > 1e-2 and gap(state(start[2]), alone[1]) > 1e-2      # it was trained
     for t in told:
-        assert gap(alone[0], t[0]) < 1e-6 and gap(alone[1], t[1]) < 1e-6
-        assert t[2] == pytest.approx(alone[2], abs=1e-5) and t[3] == pytest.approx(alone[3], abs=1e-5)
+        assert gap(alone[0], t[0]) < ROUNDING and gap(alone[1], t[1]) < ROUNDING
+        assert t[2] == pytest.approx(alone[2], abs=1e-6) and t[3] == pytest.approx(alone[3], abs=1e-6)
     assert all(gap(told[0][i], t[i]) == 0 for t in told[1:] for i in (0, 1)) and [t[4][0] for t in told] == [(r, n) for r in range(n)]
 
 
 def test_own_draws_in_every_process_would_not_do(team, cells30, monkeypatch):
     """The check above can fail: without the common draws the weights part."""
     monkeypatch.setattr(training, "draw_rows", lambda n, draw: draw(n))
-    alone = _both(cells30)
-    told = values(team(2, _both, cells30).wait())
+    alone = doubled(_both)(cells30)
+    told = values(team(2, doubled(_both), cells30).wait())
     assert gap(alone[1], told[0][1]) > 1e-3
 
 
@@ -327,15 +362,20 @@ def _model(cells, folder=None, resume=False, **options):
 
 
 @pytest.mark.parametrize("head", ["zinb", "mse"])
-def test_a_whole_model_in_two_processes(team, cells30, tmp_path, head):
-    """The denoiser learns from latents of another autoencoder, the same but for its last digits. For the same latents it is held
-    to 1e-6 above; behind a count head Adam makes a whole step of a gradient that is nothing but rounding, as the processor has it."""
-    alone, history = _model(cells30, head=head)
-    told = values(team(2, lambda: _model(cells30, tmp_path, head=head)).wait())
+def test_a_whole_model_in_two_processes(team, cells30, head):
+    """Both stages in a row: the denoiser learns from the latents of an autoencoder that two processes have trained."""
+    alone, _ = doubled(_model)(cells30, head=head)
+    for states, _ in values(team(2, lambda: doubled(_model)(cells30, head=head)).wait()):
+        assert gap(alone["autoencoder"], states["autoencoder"]) < ROUNDING and gap(alone["denoiser"], states["denoiser"]) < ROUNDING
+
+
+def test_a_whole_model_in_single_precision(team, cells30, tmp_path):
+    """As anyone trains. Adam makes a whole step of a gradient that is rounding and nothing else, so that single weights may part
+    by more than the rest, by as much as the processor's sums differ."""
+    alone, history = _model(cells30, head="zinb")
+    told = values(team(2, lambda: _model(cells30, tmp_path, head="zinb")).wait())
     for states, _ in told:
-        assert gap(alone["autoencoder"], states["autoencoder"]) < 1e-6
-        off, largest = relative(alone["denoiser"], states["denoiser"]), gap(alone["denoiser"], states["denoiser"])
-        assert largest < 1e-6 if head == "mse" else off < 2e-6 and largest < 2e-5
+        assert relative(alone["autoencoder"], states["autoencoder"]) < 1e-4 and relative(alone["denoiser"], states["denoiser"]) < 1e-4
     assert all(gap(told[0][0][k], told[1][0][k]) == 0 for k in alone)
     assert told[0][1]["scorer"] == told[1][1]["scorer"] and told[0][1]["scorer"]["n_real"] == history["scorer"]["n_real"]
     assert told[0][1]["denoiser"]["loss"] == pytest.approx(history["denoiser"]["loss"], abs=1e-5)
@@ -362,6 +402,7 @@ def test_sampled_cells_are_those_of_one_process(team, tiny_model, n, ask):
 # being stopped
 
 
+@doubled
 def _long(folder, steps=400, at=None, do=lambda: None, every=20, resume=False, **options):
     """A denoiser of its own on fixed latents; `do` happens at step `at` in process 1 (or the only one)."""
     denoiser = parts_of(planted_cells(80, 30))[2]
@@ -400,7 +441,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_later(team, tmp_pa
         assert [f.name for f in folder.iterdir()] == ["c.safetensors"] and _step_in(folder) == 20
         again = lambda folder=folder: _long(folder, steps=60, resume=True)
         resumed = values(team(2, again).wait()) if n == 2 else [again()]
-        assert all(gap(undisturbed[0], r[0]) < 1e-6 and r[1] == 60 for r in resumed)
+        assert all(gap(undisturbed[0], r[0]) < ROUNDING and r[1] == 60 for r in resumed)
 
 
 def _step_in(folder) -> int:
@@ -417,7 +458,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(team, tmp_path, b
     for n, steps, resume in ((before, 30, False), (after, 60, True)):
         work = lambda steps=steps, resume=resume: _long(tmp_path, steps=steps, resume=resume)
         told = values(team(n, work).wait()) if n > 1 else [work()]
-    assert all(gap(whole[0], t[0]) < 1e-6 and t[1] == 60 for t in told)
+    assert all(gap(whole[0], t[0]) < ROUNDING and t[1] == 60 for t in told)
 
 
 def test_a_process_that_hangs_is_not_waited_for_without_end(team, tmp_path):
@@ -435,7 +476,7 @@ def test_a_signal_to_one_stops_all_at_one_step(team, tmp_path, number, status):
     if number == signal.SIGINT:                                     # the second one is the launcher's echo
         assert [t.value[1:3] for t in told] == [(_step_in(tmp_path), True)] * 2 and gap(told[0].value[0], told[1].value[0]) == 0
     (tmp_path / "whole").mkdir()
-    assert gap(_long(tmp_path / "whole", steps=60)[0], _long(tmp_path, steps=60, resume=True)[0]) < 1e-6
+    assert gap(_long(tmp_path / "whole", steps=60)[0], _long(tmp_path, steps=60, resume=True)[0]) < ROUNDING
 
 
 def _hurried(folder):
@@ -492,7 +533,7 @@ def test_accelerate_launch_trains_and_samples_as_the_plain_command(tmp_path, cel
     assert done.stdout.count("shared by 2 processes") == done.stdout.count("saved SCLD") == 1
     assert sorted(f.name for f in Path("two").iterdir()) == sorted(f.name for f in Path("one").iterdir())
     one, two = (load_file(f"{name}/weights.safetensors") for name in ("one", "two"))
-    assert gap({k: v for k, v in one.items() if "scorer" not in k}, {k: v for k, v in two.items() if "scorer" not in k}) < 1e-6
+    assert relative({k: v for k, v in one.items() if "scorer" not in k}, {k: v for k, v in two.items() if "scorer" not in k}) < 1e-4
 
     asked = ["one", "-n", "90", "--batch-size", "32", "--device", "cpu"]
     assert cli.main(["sample", *asked, "-o", "plain.h5ad"]) == 0
@@ -511,7 +552,7 @@ def test_notebook_launcher_trains_what_a_plain_call_trains(tmp_path, cells30):
     alone, _ = _model(cells30, head="mse")
     notebook_launcher(_model, (cells30, tmp_path, False), num_processes=2, use_port=str(free_port()))
     found = load_file(tmp_path / "model" / "weights.safetensors")
-    assert gap({f"denoiser.{k}": v for k, v in alone["denoiser"].items()}, {k: v for k, v in found.items() if k.startswith("denoiser.")}) < 1e-6
+    assert relative({f"denoiser.{k}": v for k, v in alone["denoiser"].items()}, {k: v for k, v in found.items() if k.startswith("denoiser.")}) < 1e-4
     assert not torch.distributed.is_initialized()
 
 
