@@ -49,6 +49,18 @@ def test_whole_run_and_reuse(script, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}     # asked for in the same words
 
 
+def test_some_parts_into_a_folder_of_their_own(script, tmp_path, capsys):
+    line = (
+        f"--cells 300 --genes 40 --nnz 10 --parts train sample --name many --draw 30 --sampling-steps 2 --device cpu "
+        f"--work {tmp_path}/work --root {tmp_path} --here --limit-gib"
+    ).split()
+    assert script.main([*line, "1000"]) == 0 and script.main([*line, "0.001"]) == 1
+    assert sorted(f.name for f in (tmp_path / "results" / "many").iterdir()) == ["sample.json", "train.json"]
+    said = capsys.readouterr().out
+    assert "drawn into a file: 30 cells" in said and "disk / memory" not in said
+    assert json.loads((tmp_path / "results" / "many" / "sample.json").read_text())["experiment"] == "many/sample"
+
+
 def test_limits_are_kept(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
     assert script.main(f"--cells 1000000 --work {tmp_path}/w --root {tmp_path}".split()) == 2
