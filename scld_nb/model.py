@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'MSE', 'PAPER', 'FORMAT', 'PARTS', 'Cells', 'CHUNK', 'Config', 'make_config',
-           'read_labels', 'proportional', 'write_folder', 'read_folder', 'count_autoencoder_steps',
-           'count_denoiser_steps', 'SCLD']
+           'read_labels', 'proportional', 'write_folder', 'read_folder', 'count_autoencoder_steps', 'SCLD']
 
 # %% ../nbs/08_model.ipynb #c003
 import hashlib
@@ -896,12 +895,6 @@ def count_autoencoder_steps(n_cells: int, batch_size: int = 128) -> int:
     return min(3_000, max(600, round(100 * n_cells / batch_size)))
 
 
-def count_denoiser_steps(n_cells: int, batch_size: int = 128) -> int:
-    """Optimiser steps that the denoiser of a count head takes by default: 6,000, and 192 passes over every cell beyond 8,000, but at
-    most 18,000."""
-    return min(18_000, 6_000 + round(192 * max(0, n_cells - 8_000) / batch_size))
-
-
 class _Learns(_SamplesInChunks):
     """Round and Map, the denoiser, the Scorer."""
 
@@ -925,8 +918,7 @@ class _Learns(_SamplesInChunks):
         Parameters
         ----------
         max_steps
-            Optimiser steps of the denoiser. Default: 6,000, and 3 more for every 2 cells beyond 8,000 (in batches of 128) up to
-            18,000; with ``head="mse"`` the paper's 20,000.
+            Optimiser steps of the denoiser; default 6,000, with ``head="mse"`` the paper's 20,000.
         ae_steps
             Optimiser steps of the autoencoder. Default: 100 passes over the cells, but 600 to 3,000 steps; with ``head="mse"``
             as many as ``max_steps`` (decision 28).
@@ -1051,11 +1043,11 @@ class _Learns(_SamplesInChunks):
 
     def training_steps(self, max_steps: int | None = None, ae_steps: int | None = None) -> tuple[int, int]:
         """Steps of denoiser and autoencoder that `train` takes; see there."""
-        mse, size = self.config.head == "mse", (sum(self.label_counts), self.config.batch_size)
-        steps = (20_000 if mse else count_denoiser_steps(*size)) if max_steps is None else _whole("max_steps", max_steps)
+        mse = self.config.head == "mse"
+        steps = (20_000 if mse else 6_000) if max_steps is None else _whole("max_steps", max_steps)
         if ae_steps is not None:
             return steps, _whole("ae_steps", ae_steps)
-        return steps, steps if mse else count_autoencoder_steps(*size)
+        return steps, steps if mse else count_autoencoder_steps(sum(self.label_counts), self.config.batch_size)
 
     def has_checkpoints(self, folder: str | Path, max_steps: int | None = None, ae_steps: int | None = None, *, budget_s: float | None = None) -> bool:
         """Whether a folder holds checkpoints of just this training: the same cells, settings and seed, as many steps and seconds.
