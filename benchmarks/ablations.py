@@ -11,6 +11,7 @@ One file per seed in results/<set>/ablations/, with provenance; seeds finished w
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -134,6 +135,23 @@ def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[
     return rows
 
 
+def each_seed(given: argparse.Namespace, experiment: str, run: Callable[[AnnData, str, int, argparse.Namespace], list[dict]], **asked) -> list[dict]:
+    """What ``run`` finds with each seed, in files of results/<set>/<experiment>/; one that was asked for in the same words is reused."""
+    cells = data.load(given.cells, labels=given.labels)
+    about = cells.uns["scld_data"]
+    folder = (given.root or project_root()) / "results" / str(about["name"]) / experiment
+    asked |= {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")}
+    asked |= {"data_sha256": str(about["sha256"]), "config": asdict(make_config())}
+
+    def record(seed: int) -> dict:
+        print(f"{about['name']}, seed {seed}", flush=True)
+        return reuse_json(folder / f"seed{seed}.json", asked, lambda: {
+            "format": 1, "experiment": experiment, "set": str(about["name"]), "seed": seed,
+            "rows": run(cells, str(about["labels_key"]), seed, given), "provenance": provenance(torch.device("cpu"))})
+
+    return [record(seed) for seed in given.seeds]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", help=".h5ad with counts")
@@ -144,16 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
     given = parser.parse_args(argv)
     try:
-        cells = data.load(given.cells, labels=given.labels)
-        about = cells.uns["scld_data"]
-        folder = (given.root or project_root()) / "results" / str(about["name"]) / "ablations"
-        asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")}
-        asked |= {"data_sha256": str(about["sha256"]), "config": asdict(make_config()), "rows": [DECODER, DENOISER, SAMPLING]}
-        for seed in given.seeds:
-            print(f"{about['name']}, seed {seed}", flush=True)
-            reuse_json(folder / f"seed{seed}.json", asked, lambda seed=seed: {
-                "format": 1, "experiment": "ablations", "set": str(about["name"]), "seed": seed,
-                "rows": run(cells, str(about["labels_key"]), seed, given), "provenance": provenance(torch.device("cpu"))})
+        each_seed(given, "ablations", run, rows=[DECODER, DENOISER, SAMPLING])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,8 +13,8 @@ scale     seconds per cell of every stage at growing numbers of cells, with a pi
 sample    a tenth of --draw cells and all of them, into a file
 judge     the whole evaluation of two draws of --judge-cells from a tenth of the file and from all of it
 
---parts names those to do, in this order. Results, with provenance, are in results/large_data/ (--name); a file there is reused if it was asked for in the same words. Exit status 1
-if a peak is above --limit-gib or reading from disk leaves less than 60 % of the training speed.
+--parts names those to do, in this order. Results, with provenance, are in results/large_data/ (--name); a file there is reused if
+it was asked for in the same words. Exit status 1 if a peak is above --limit-gib or reading from disk leaves less than 60 % of the training speed.
 """
 
 import os
@@ -179,8 +179,8 @@ def measure_sample(given) -> dict:
     facts = model.sample_to(out, given.size, sampler=given.sampler, sampling_steps=given.sampling_steps, progress=False)
     seconds, peak = time.perf_counter() - began, peak_gib()                # opening the file reads 8 bytes of every cell
     cells = open_cells(out)
-    found = {"peak_memory_gib": peak, "cells": cells.n_obs, "generated": facts["generated"], "seconds": round(seconds, 2), "cells_per_s": round(cells.n_obs / seconds, 1),
-             "entries": cells.counts.nnz, "gib": round(out.stat().st_size / GIB, 3), "sampling_steps": given.sampling_steps}
+    found = {"peak_memory_gib": peak, "cells": cells.n_obs, "generated": facts["generated"], "seconds": round(seconds, 2),
+             "cells_per_s": round(cells.n_obs / seconds, 1), "entries": cells.counts.nnz, "gib": round(out.stat().st_size / GIB, 3), "sampling_steps": given.sampling_steps}
     cells.counts._file.close()
     out.unlink()
     return found

@@ -11,19 +11,16 @@ reused. Prints means over the seeds.
 import argparse
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from ablations import cut, judge, redraw
+from ablations import cut, each_seed, judge, redraw
 from anndata import AnnData
 
 from scld_nb import data
 from scld_nb.data import InputError
-from scld_nb.experiments import project_root, provenance, reuse_json
-from scld_nb.model import SCLD, make_config
+from scld_nb.model import SCLD
 
 
 def run(cells: AnnData, key: str, seed: int, given: argparse.Namespace) -> list[dict]:
@@ -66,17 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
     given = parser.parse_args(argv)
     try:
-        cells = data.load(given.cells, labels=given.labels)
-        about = cells.uns["scld_data"]
-        folder = (given.root or project_root()) / "results" / str(about["name"]) / "steps"
-        asked = {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")}
-        asked |= {"data_sha256": str(about["sha256"]), "config": asdict(make_config())}
-        found = []
-        for seed in given.seeds:
-            print(f"{about['name']}, seed {seed}", flush=True)
-            found.append(reuse_json(folder / f"seed{seed}.json", asked, lambda seed=seed: {
-                "format": 1, "experiment": "steps", "set": str(about["name"]), "seed": seed,
-                "rows": run(cells, str(about["labels_key"]), seed, given), "provenance": provenance(torch.device("cpu"))}))
+        found = each_seed(given, "steps", run)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -303,24 +303,25 @@ def _both(cells, drop="random", steps=40, **options):
     return learnt, state(denoiser), ae.losses, dm.losses, (placed(), denoiser.training)
 
 
+@pytest.mark.parametrize("both, bound", [(_both, 1e-6), (doubled(_both), ROUNDING)], ids=["single", "double"])
 @pytest.mark.parametrize("n, drop", [(2, "random"), (3, "first_k")])
-def test_two_and_three_processes_end_at_the_weights_of_one(team, cells30, n, drop):
+def test_two_and_three_processes_end_at_the_weights_of_one(team, cells30, n, drop, both, bound):
     """Input dropout by entries, dropout in both networks, posterior noise, spread of latents, slices of 16, 17 and 17 rows."""
-    alone = doubled(_both)(cells30, drop)
-    told = values(team(n, doubled(_both), cells30, drop).wait())
+    alone = both(cells30, drop)
+    told = values(team(n, both, cells30, drop).wait())
     start = parts_of(cells30)
     assert gap(state(start[1]), alone[0]) > 1e-2 and gap(state(start[2]), alone[1]) > 1e-2      # it was trained
     for t in told:
-        assert gap(alone[0], t[0]) < ROUNDING and gap(alone[1], t[1]) < ROUNDING
-        assert t[2] == pytest.approx(alone[2], abs=1e-6) and t[3] == pytest.approx(alone[3], abs=1e-6)
+        assert gap(alone[0], t[0]) < bound and gap(alone[1], t[1]) < bound
+        assert t[2] == pytest.approx(alone[2], abs=1e-5) and t[3] == pytest.approx(alone[3], abs=1e-5)
     assert all(gap(told[0][i], t[i]) == 0 for t in told[1:] for i in (0, 1)) and [t[4][0] for t in told] == [(r, n) for r in range(n)]
 
 
 def test_own_draws_in_every_process_would_not_do(team, cells30, monkeypatch):
     """The check above can fail: without the common draws the weights part."""
     monkeypatch.setattr(training, "draw_rows", lambda n, draw: draw(n))
-    alone = doubled(_both)(cells30)
-    told = values(team(2, doubled(_both), cells30).wait())
+    alone = _both(cells30)
+    told = values(team(2, _both, cells30).wait())
     assert gap(alone[1], told[0][1]) > 1e-3
 
 
@@ -362,20 +363,23 @@ def _model(cells, folder=None, resume=False, **options):
 
 
 @pytest.mark.parametrize("head", ["zinb", "mse"])
-def test_a_whole_model_in_two_processes(team, cells30, head):
+def test_a_whole_model_in_double_precision(team, cells30, head):
     """Both stages in a row: the denoiser learns from the latents of an autoencoder that two processes have trained."""
     alone, _ = doubled(_model)(cells30, head=head)
     for states, _ in values(team(2, lambda: doubled(_model)(cells30, head=head)).wait()):
         assert gap(alone["autoencoder"], states["autoencoder"]) < ROUNDING and gap(alone["denoiser"], states["denoiser"]) < ROUNDING
 
 
-def test_a_whole_model_in_single_precision(team, cells30, tmp_path):
-    """As anyone trains. Adam makes a whole step of a gradient that is rounding and nothing else, so that single weights may part
-    by more than the rest, by as much as the processor's sums differ."""
-    alone, history = _model(cells30, head="zinb")
-    told = values(team(2, lambda: _model(cells30, tmp_path, head="zinb")).wait())
+@pytest.mark.parametrize("head", ["zinb", "mse"])
+def test_a_whole_model_in_two_processes(team, cells30, tmp_path, head):
+    """As anyone trains. Behind a count head Adam makes a whole step of a gradient that is nothing but rounding, as the processor
+    has it; in double precision, above, no such thing is left."""
+    alone, history = _model(cells30, head=head)
+    told = values(team(2, lambda: _model(cells30, tmp_path, head=head)).wait())
     for states, _ in told:
-        assert relative(alone["autoencoder"], states["autoencoder"]) < 1e-4 and relative(alone["denoiser"], states["denoiser"]) < 1e-4
+        assert gap(alone["autoencoder"], states["autoencoder"]) < 1e-6
+        off, largest = relative(alone["denoiser"], states["denoiser"]), gap(alone["denoiser"], states["denoiser"])
+        assert largest < 1e-6 if head == "mse" else off < 2e-6 and largest < 2e-5
     assert all(gap(told[0][0][k], told[1][0][k]) == 0 for k in alone)
     assert told[0][1]["scorer"] == told[1][1]["scorer"] and told[0][1]["scorer"]["n_real"] == history["scorer"]["n_real"]
     assert told[0][1]["denoiser"]["loss"] == pytest.approx(history["denoiser"]["loss"], abs=1e-5)
@@ -402,7 +406,6 @@ def test_sampled_cells_are_those_of_one_process(team, tiny_model, n, ask):
 # being stopped
 
 
-@doubled
 def _long(folder, steps=400, at=None, do=lambda: None, every=20, resume=False, **options):
     """A denoiser of its own on fixed latents; `do` happens at step `at` in process 1 (or the only one)."""
     denoiser = parts_of(planted_cells(80, 30))[2]
@@ -441,7 +444,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_later(team, tmp_pa
         assert [f.name for f in folder.iterdir()] == ["c.safetensors"] and _step_in(folder) == 20
         again = lambda folder=folder: _long(folder, steps=60, resume=True)
         resumed = values(team(2, again).wait()) if n == 2 else [again()]
-        assert all(gap(undisturbed[0], r[0]) < ROUNDING and r[1] == 60 for r in resumed)
+        assert all(gap(undisturbed[0], r[0]) < 1e-6 and r[1] == 60 for r in resumed)
 
 
 def _step_in(folder) -> int:
@@ -458,7 +461,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(team, tmp_path, b
     for n, steps, resume in ((before, 30, False), (after, 60, True)):
         work = lambda steps=steps, resume=resume: _long(tmp_path, steps=steps, resume=resume)
         told = values(team(n, work).wait()) if n > 1 else [work()]
-    assert all(gap(whole[0], t[0]) < ROUNDING and t[1] == 60 for t in told)
+    assert all(gap(whole[0], t[0]) < 1e-6 and t[1] == 60 for t in told)
 
 
 def test_a_process_that_hangs_is_not_waited_for_without_end(team, tmp_path):
@@ -476,7 +479,7 @@ def test_a_signal_to_one_stops_all_at_one_step(team, tmp_path, number, status):
     if number == signal.SIGINT:                                     # the second one is the launcher's echo
         assert [t.value[1:3] for t in told] == [(_step_in(tmp_path), True)] * 2 and gap(told[0].value[0], told[1].value[0]) == 0
     (tmp_path / "whole").mkdir()
-    assert gap(_long(tmp_path / "whole", steps=60)[0], _long(tmp_path, steps=60, resume=True)[0]) < ROUNDING
+    assert gap(_long(tmp_path / "whole", steps=60)[0], _long(tmp_path, steps=60, resume=True)[0]) < 1e-6
 
 
 def _hurried(folder):
@@ -533,7 +536,7 @@ def test_accelerate_launch_trains_and_samples_as_the_plain_command(tmp_path, cel
     assert done.stdout.count("shared by 2 processes") == done.stdout.count("saved SCLD") == 1
     assert sorted(f.name for f in Path("two").iterdir()) == sorted(f.name for f in Path("one").iterdir())
     one, two = (load_file(f"{name}/weights.safetensors") for name in ("one", "two"))
-    assert relative({k: v for k, v in one.items() if "scorer" not in k}, {k: v for k, v in two.items() if "scorer" not in k}) < 1e-4
+    assert gap({k: v for k, v in one.items() if "scorer" not in k}, {k: v for k, v in two.items() if "scorer" not in k}) < 1e-6
 
     asked = ["one", "-n", "90", "--batch-size", "32", "--device", "cpu"]
     assert cli.main(["sample", *asked, "-o", "plain.h5ad"]) == 0
@@ -552,7 +555,7 @@ def test_notebook_launcher_trains_what_a_plain_call_trains(tmp_path, cells30):
     alone, _ = _model(cells30, head="mse")
     notebook_launcher(_model, (cells30, tmp_path, False), num_processes=2, use_port=str(free_port()))
     found = load_file(tmp_path / "model" / "weights.safetensors")
-    assert relative({f"denoiser.{k}": v for k, v in alone["denoiser"].items()}, {k: v for k, v in found.items() if k.startswith("denoiser.")}) < 1e-4
+    assert gap({f"denoiser.{k}": v for k, v in alone["denoiser"].items()}, {k: v for k, v in found.items() if k.startswith("denoiser.")}) < 1e-6
     assert not torch.distributed.is_initialized()
 
 
