@@ -140,7 +140,7 @@ def each_seed(given: argparse.Namespace, experiment: str, run: Callable[[AnnData
     cells = data.load(given.cells, labels=given.labels)
     about = cells.uns["scld_data"]
     folder = (given.root or project_root()) / "results" / str(about["name"]) / experiment
-    asked |= {k: getattr(given, k) for k in ("genes", "most", "steps", "ae_steps", "trees")}
+    asked |= {k: getattr(given, k) for k in ("genes", "most", "steps", "decoders", "ae_steps", "trees") if hasattr(given, k)}
     asked |= {"data_sha256": str(about["sha256"]), "config": asdict(make_config())}
 
     def record(seed: int) -> dict:

@@ -334,7 +334,7 @@ def train(
         str | None, typer.Option(help="Count heads: dispersion per gene-cell (default) or per gene.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the denoiser; default: 6000, with --head mse 20000.")
+        int | None, typer.Option(min=1, help="Optimiser steps of the denoiser; default: 6000, more beyond 8000 cells, with --head mse 20000.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random in training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",

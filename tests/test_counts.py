@@ -24,7 +24,7 @@ from scld_nb.counts import (
 )
 from scld_nb.data import CellReader, InputError
 from scld_nb.evaluation import evaluate
-from scld_nb.model import SCLD, make_config
+from scld_nb.model import SCLD, count_autoencoder_steps, count_denoiser_steps, make_config
 from scld_nb.training import train_autoencoder
 
 SMALL = {k: v for k, v in TINY.items() if k not in ("head", "latent")} | {"latent": 6}
@@ -328,6 +328,10 @@ def test_steps_follow_head_and_cells():
     model = SCLD(planted_cells(), "cell_type", device="cpu", **SMALL)
     assert model.training_steps() == (6000, 600) and model.training_steps(50) == (50, 600) and model.training_steps(50, 7) == (50, 7)
     assert SCLD(planted_cells(), "cell_type", device="cpu", **TINY).training_steps() == (20_000, 20_000)
+    sizes = (300, 2_114, 3_840, 7_933, 15_571, 16_000, 10**6)
+    assert [count_autoencoder_steps(n) for n in sizes] == [600, 1652, 3000, 3000, 3000, 3000, 3000]
+    assert [count_denoiser_steps(n) for n in sizes] == [6000, 6000, 6000, 6000, 17356, 18000, 18000]
+    assert count_denoiser_steps(15_571, 256) == 11_678
 
 
 def test_an_interrupted_training_of_counts_is_resumed_bit_for_bit(tmp_path):
