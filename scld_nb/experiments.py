@@ -40,7 +40,7 @@ from .data import InputError
 from .evaluation import SPACES, evaluate, expression, make_controls
 from .files import alone_in, replacing
 from .metrics import auc_null_sd, label_classifier, purity, rf_aucs, tsne
-from .model import SCLD, make_config
+from .model import SCLD, count_denoiser_steps, make_config
 from .plots import paper_vs_ours, save_figure, training_times
 from .scorer import keep_top, n_to_generate
 from .training import TrainingError
@@ -171,7 +171,7 @@ class Budget:
     steps, ae_steps
         Denoiser and autoencoder steps of SCLD.
     count_steps
-        Denoiser steps of SCLD with a count head; its autoencoder takes the model's own number.
+        Denoiser steps of SCLD with a count head, more for many cells; its autoencoder takes the model's own number.
     sampling_steps
         Steps per cell; ``None`` for all T.
     n_trees
@@ -322,8 +322,9 @@ class Study:
             self.train, self.test = variable_genes(self.train, self.test, n_genes)
         if n_max and self.test.n_obs > n_max:               # fewer cells a side, drawn once for all methods and seeds
             self.test = self.test[np.sort(np.random.default_rng(0).choice(self.test.n_obs, n_max, replace=False))].copy()
+        usual_steps = None if self.name in BUDGETS else count_denoiser_steps(self.train.n_obs)
         given = {"steps": steps, "ae_steps": ae_steps or steps, "sampling_steps": sampling_steps, "n_trees": n_trees,
-                 "baselines": budget, "budget_s": budget_s, "count_steps": min(steps, Budget.count_steps) if steps else None}
+                 "baselines": budget, "budget_s": budget_s, "count_steps": min(steps, usual_steps or Budget.count_steps) if steps else usual_steps}
         if budget_s:                                        # the clock decides; steps are an upper bound unless given
             given |= {"steps": steps or Budget.steps, "ae_steps": ae_steps or steps or Budget.ae_steps}
         self.budget = Budget(**(asdict(BUDGETS.get(self.name, Budget())) | {k: v for k, v in given.items() if v}))

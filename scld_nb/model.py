@@ -242,7 +242,7 @@ def make_config(preset: str = "default", **options) -> Config:
 
 
 MANY_CELLS = 8_000
-MANY = {"decoder_width": 256, "decoder_rank": 32}
+MANY: dict[str, Any] = {"decoder_width": 256, "decoder_rank": 32}
 
 
 def for_many_cells(config: Config, n_cells: int, given: Collection[str] = ()) -> Config:

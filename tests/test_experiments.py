@@ -227,6 +227,18 @@ def test_figure4_extrapolates_by_seconds_per_step(study, lines3):
     assert [p.get_hatch() for p in ex.draw_figure4(lines).axes[0].patches] == ["///", "///"]
 
 
+def test_the_count_head_takes_more_steps_for_many_cells(tmp_path, monkeypatch):
+    from conftest import planted_cells
+    planted_cells(120).write_h5ad(tmp_path / "own.h5ad")
+    steps = {n: ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path, steps=n).budget.count_steps for n in (None, 50)}
+    assert steps == {None: 6000, 50: 50}
+    monkeypatch.setattr(ex, "count_denoiser_steps", lambda n_cells: 6000 + n_cells)
+    study = ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path)
+    assert study.budget.count_steps == 6000 + study.train.n_obs == study.settings("scld_counts")["count_steps"]
+    assert ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path, steps=6010).budget.count_steps == 6010
+    assert ex.Study(root=tmp_path).budget.count_steps == 1500                      # the embedded set has its own budget
+
+
 def test_budgets_are_read_and_kept_apart(tmp_path):
     assert [ex.read_budget(b) for b in ("", None, 0, "7", 7, "paper", " equal ")] == [None, None, None, 7, 7, "paper", "equal"]
     with pytest.raises(InputError, match="unknown budget 'long'; known: equal, paper, or a number of training steps"):
