@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
@@ -150,6 +151,60 @@ def each_seed(given: argparse.Namespace, experiment: str, run: Callable[[AnnData
             "rows": run(cells, str(about["labels_key"]), seed, given), "provenance": provenance(torch.device("cpu"))})
 
     return [record(seed) for seed in given.seeds]
+
+
+class Judged:
+    """Rows of one seed on all cells that are not test cells: some to fit, others to judge by.
+
+    Attributes
+    ----------
+    fit
+        Cells to fit.
+    some
+        Counts of as many of them as are judged, ``n`` cells.
+    rows
+        What was noted; the first row is the control, ``some`` themselves.
+    """
+
+    def __init__(self, cells: AnnData, seed: int, given: argparse.Namespace):
+        self.fit, validation = cut(cells, given.genes, cells.n_obs)
+        real, self._fitted = data.counts_matrix(validation), data.counts_matrix(self.fit)
+        rng, self.n = np.random.default_rng(seed), min(real.shape[0], self._fitted.shape[0], given.most)
+        self._real = real[np.sort(rng.permutation(real.shape[0])[: self.n])]
+        self.some = self._fitted[rng.permutation(self._fitted.shape[0])[: self.n]]
+        self._trees, self._seed, self.rows = given.trees, seed, []
+        self.note("fitted cells", self.some)
+
+    def note(self, name: str, drawn: sparse.csr_matrix, began: float | None = None, **about: float) -> None:
+        """A row: its name, what is said about it, the seconds since ``began``, and what tells ``drawn`` from cells to judge by."""
+        took = 0.0 if began is None else time.perf_counter() - began
+        found = judge(self._real, drawn, self._fitted, self._trees, self._seed)
+        self.rows.append({"row": name, "n": self.n, "n_fit": self.fit.n_obs, **about, "seconds": round(took, 1)} | found)
+        print(f"  {name:24s} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
+
+
+def on_all_cells(experiment: str, text: str | None, run: Callable[[AnnData, str, int, argparse.Namespace], list[dict]], argv: list[str] | None,
+                 **own: dict) -> int:
+    """The command line of an experiment whose rows are those of `Judged`; ``own`` are its options beside the common ones."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", help=".h5ad with counts")
+    parser.add_argument("--labels", help="column of obs; default: louvain")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    for name, option in own.items():
+        parser.add_argument(f"--{name}", **option)
+    parser.add_argument("--ae-steps", type=int, help="default: that of the package")
+    for name, value in (("genes", 2000), ("most", 2000), ("trees", 100)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--root", type=Path, help="folder that gets results/ (default: the project's)")
+    given = parser.parse_args(argv)
+    try:
+        found = each_seed(given, experiment, run)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = pd.concat([pd.DataFrame(f["rows"]).drop(columns=["n", "n_fit"]) for f in found])
+    print(rows.groupby("row", sort=False).mean().round(3).to_string())
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

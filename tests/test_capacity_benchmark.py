@@ -60,3 +60,15 @@ def test_a_model_of_many_cells_is_saved_and_loaded(tmp_path, monkeypatch):
     again = SCLD.load(tmp_path / "model")
     assert again.config == large.config and again.config.decoder_rank == 32
     assert (large.sample(5, keep=1.0, seed=1, progress=False).X != again.sample(5, keep=1.0, seed=1, progress=False).X).nnz == 0
+
+
+def test_a_model_from_before_these_settings_is_loaded_as_it_was(tmp_path):
+    old = SCLD(planted_cells(60), "cell_type").train(2, ae_steps=2, scorer=False, progress=False)
+    old.save(tmp_path / "model")
+    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    for name in MANY:
+        del facts["config"][name]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
+    again = SCLD.load(tmp_path / "model")
+    assert again.config == make_config() and (again.config.decoder_width, again.config.decoder_rank) == (128, 8)
+    assert (old.sample(5, keep=1.0, seed=1, progress=False).X != again.sample(5, keep=1.0, seed=1, progress=False).X).nnz == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import planted_cells
 
 from scld_nb import experiments as ex
 from scld_nb import training
@@ -228,7 +229,6 @@ def test_figure4_extrapolates_by_seconds_per_step(study, lines3):
 
 
 def test_the_count_head_takes_more_steps_for_many_cells(tmp_path, monkeypatch):
-    from conftest import planted_cells
     planted_cells(120).write_h5ad(tmp_path / "own.h5ad")
     steps = {n: ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path, steps=n).budget.count_steps for n in (None, 50)}
     assert steps == {None: 6000, 50: 50}
