@@ -10,7 +10,7 @@ export MPLBACKEND := Agg
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 PIP_UNLOCKED := .venv-unlocked/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: reproduce test readme docs unlocked lock clean
+.PHONY: reproduce test literal readme docs unlocked lock clean
 
 reproduce: .venv/installed
 	papermill nbs/reproduce.ipynb runs/$(notdir $(basename $(DATASET))).ipynb -p dataset $(DATASET) </dev/null
@@ -28,10 +28,14 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --ignore tests/test_distributed.py --cov=scld_nb --cov-report=
 	# forks processes, which is safe only from one that has no threads of its own
 	OMP_NUM_THREADS=1 pytest -q tests/test_distributed.py --cov=scld_nb --cov-append --cov-report=term --cov-fail-under=90
-	papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
-	@ls results/pbmc68k_reduced/table2.csv results/pbmc68k_reduced/table3.csv results/pbmc68k_reduced/table4.csv results/pbmc68k_reduced/table5.csv results/pbmc68k_reduced/figure4.png results/pbmc68k_reduced/figure5.csv results/pbmc68k_reduced/figure5.png
-	$(MAKE) --no-print-directory unlocked
+	# the one computes, the other mostly downloads
+	$(MAKE) --no-print-directory -j2 literal unlocked
 	@echo "all checks passed"
+
+# the command of the README, word for word, and the files it promises
+literal: .venv/installed
+	papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
+	@ls $(addprefix results/pbmc68k_reduced/,table2.csv table3.csv table4.csv table5.csv figure4.png figure5.csv figure5.png)
 
 # README.md is nbs/index.ipynb as markdown, with links seen from the top folder
 readme: .venv/installed

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=10_000, help="cells a side")
     parser.add_argument("--genes", type=int, default=2_000)
     parser.add_argument("--jobs", type=int, default=2, help="processor cores")
+    parser.add_argument("--trees", type=int, help="trees of each forest on principal components; default: what evaluate takes for so many cells")
     parser.add_argument("--no-labels", action="store_true")
     parser.add_argument("--html", type=Path, help="write the report page here")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -77,7 +78,8 @@ def main() -> int:
 
     evaluation.tqdm = Clock
     report = evaluation.evaluate(
-        real, synth, train=train, labels_key=None if options.no_labels else "type", suite=True, n_jobs=options.jobs, progress=False
+        real, synth, train=train, labels_key=None if options.no_labels else "type", suite=True, n_trees=options.trees, n_jobs=options.jobs,
+        progress=False,
     )
     seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     used = os.times()

@@ -135,7 +135,7 @@ def test_the_file_is_a_command_and_its_status_is_that_of_main(tmp_path):
 
 def test_speed_of_the_evaluation_is_measured(tmp_path):
     script = SCRIPT.with_name("evaluate_speed.py")
-    line = f"{script} --cells 40 --genes 60 --jobs 1 --json {tmp_path}/speed.json --html {tmp_path}/page.html"
+    line = f"{script} --cells 40 --genes 60 --jobs 1 --trees 20 --json {tmp_path}/speed.json --html {tmp_path}/page.html"
     done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "speed.json").read_text())

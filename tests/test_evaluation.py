@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from scld_nb.data import InputError, library_normalize
 from scld_nb.evaluation import COLUMNS, SPACES, Report, compare, evaluate, expression, make_controls
-from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc
+from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc, rf_aucs
 
 TYPES = np.array(["a", "b", "c"])
 
@@ -136,7 +136,7 @@ def test_records_hold_what_the_functions_give(groups):
         a, b = expression(real, space), expression(made, space)
         m = mmd_bandwidth(a, seed=4)
         assert found.value("rf_auc", space) == rf_auc(a, b, n_trees=15, seed=4).auc
-        assert found.value("rf_auc_depth5", space) == rf_auc(a, b, n_trees=15, max_depth=5, seed=4).auc
+        assert found.value("rf_auc_depth5", space) == rf_aucs(a, b, max_depths=(None, 5), n_trees=15, seed=4)[5].auc
         assert found.value("mmd_biased", space) == mmd(a, b, bandwidth=m).biased
         assert found.value("mmd_unbiased_squared", space) == mmd(a, b, bandwidth=m).unbiased_squared
         assert found.settings["bandwidth"][space] == m

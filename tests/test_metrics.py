@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 from scld_nb.data import InputError, library_normalize
 from scld_nb.metrics import (
+    _votes_cut_at,
     auc_null_sd,
     label_classifier,
     mmd,
@@ -115,7 +116,31 @@ def test_several_depths_share_folds_and_components():
     rng = np.random.default_rng(6)
     real, fake = rng.normal(size=(50, 12)), rng.normal(0.3, 1, size=(50, 12))
     both = rf_aucs(real, fake, max_depths=(None, 2), n_trees=30)
-    assert both[None] == rf_auc(real, fake, n_trees=30) and both[2] == rf_auc(real, fake, n_trees=30, max_depth=2)
+    assert both[None] == rf_auc(real, fake, n_trees=30)
+    shallow = rf_aucs(real, fake, max_depths=(2, 4), n_trees=300)
+    assert shallow[4] == rf_auc(real, fake, n_trees=300, max_depth=4)
+    grown = [rf_auc(real, fake, n_trees=300, max_depth=2, seed=0).fold_aucs, shallow[2].fold_aucs]
+    assert np.abs(np.subtract(*grown)).max() < 0.06 and grown[0] != grown[1]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 5, 40])
+def test_a_tree_is_cut_where_scikit_learn_says_its_paths_lead(depth):
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(150, 6)), np.repeat([0, 1], 75)
+    x[75:, 0] += 1
+    fresh = rng.normal(size=(40, 6))
+    forest = RandomForestClassifier(25, random_state=0).fit(x, y)
+    wanted = np.zeros(40)
+    for tree in forest.estimators_:
+        paths = tree.decision_path(fresh.astype(np.float32))
+        for k in range(40):
+            nodes = np.sort(paths[k].indices)                   # a node's number is above its parent's
+            shares = tree.tree_.value[nodes[min(depth, len(nodes) - 1)], 0]
+            wanted[k] += shares[1] / shares.sum() / 25
+    assert np.allclose(_votes_cut_at(forest, fresh, depth), wanted, atol=1e-12)
+    assert np.array_equal(_votes_cut_at(forest, sp.csr_matrix(fresh), depth), _votes_cut_at(forest, fresh, depth))
+    if depth == 40:
+        assert np.allclose(wanted, forest.predict_proba(fresh)[:, 1], atol=1e-12)
 
 
 def test_more_components_than_the_data_has():

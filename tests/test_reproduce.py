@@ -41,7 +41,8 @@ def site(tmp_path_factory):
 @pytest.mark.parametrize("dataset", ["brain_small", "pbmc68k"])
 def test_the_papers_own_sets_go_through_every_table(site, tmp_path, dataset):
     methods = "" if dataset == "brain_small" else "positive,random,cscgan,cscgan+scorer,scld,scld_both"
-    done = papermill(tmp_path, site.env, dataset=dataset, methods=methods, **SMALL)
+    given = SMALL | {"methods": methods, "n_seeds": 2 if dataset == "brain_small" else 1}
+    done = papermill(tmp_path, site.env, dataset=dataset, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     results = tmp_path / "results" / dataset
     table2 = pd.read_csv(results / "table2.csv", index_col=0)
@@ -65,12 +66,13 @@ def test_the_papers_own_sets_go_through_every_table(site, tmp_path, dataset):
     for picture in ("table3.png", "figure4.png", "figure5.png"):
         assert (results / picture).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.tmp"))
-    again = papermill(tmp_path, site.env, dataset=dataset, methods=methods, **SMALL)
-    assert again.returncode == 0 and "0 runs made now" in texts(tmp_path)
+    if dataset == "pbmc68k":
+        again = papermill(tmp_path, site.env, dataset=dataset, **given)
+        assert again.returncode == 0 and "0 runs made now" in texts(tmp_path)
 
 
-def test_a_dry_run_lists_the_work_and_does_none(site, tmp_path):
-    done = papermill(tmp_path, site.env, dataset="brain_small", dry=True, methods="scgan,scld_both", figures="4", tables="3", **SMALL)
+def test_a_dry_run_lists_the_work_and_does_none(tmp_path):
+    done = papermill(tmp_path, {}, dataset="pbmc68k_reduced", dry=True, methods="scgan,scld_both", figures="4", tables="3", **SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     shown = texts(tmp_path)
     assert "train scgan" in shown and "judge table3" in shown and "0 runs made now" in shown
