@@ -71,6 +71,18 @@ def test_one_line_where_scvi_tools_is_missing(cells, monkeypatch):
         assert str(error.value) == "scvi needs scvi-tools: pip install 'scld-nb[scvi]'"
 
 
+def test_a_folder_of_that_name_is_no_installation(cells, monkeypatch, tmp_path):
+    (tmp_path / "scvi").mkdir()
+    monkeypatch.delitem(sys.modules, "scvi", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        with pytest.raises(InputError, match=r"scvi needs scvi-tools: pip install 'scld-nb\[scvi\]' \(a folder named scvi was found in its place: .*scvi\)"):
+            ours._import_scvi()
+    finally:
+        sys.modules.pop("scvi", None)
+
+
 def test_a_broken_installation_is_named(cells, monkeypatch, tmp_path):
     (tmp_path / "scvi").mkdir()
     (tmp_path / "scvi" / "__init__.py").write_text("import a_library_that_is_not_there\n")

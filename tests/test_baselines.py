@@ -1,6 +1,7 @@
 """What all competitors share: reading, budgets, refusals, the Scorer for everybody, and draws that are kept."""
 import json
 import sys
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -126,7 +127,9 @@ def test_the_registry_names_every_baseline_and_leaves_out_what_is_not_installed(
     monkeypatch.setitem(sys.modules, "scvi", None)
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     assert installed_baselines() == HERE
-    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))      # a folder of that name
+    assert installed_baselines() == HERE
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="scvi/__init__.py"))
     assert installed_baselines() == list(BASELINES)
 
 

@@ -46,7 +46,8 @@ TITLES = {
 
 def installed_baselines() -> list[str]:
     """Names of the baselines that can run here: all, but those that need an extra which is not installed."""
-    found = importlib.util.find_spec("scvi") is not None
+    spec = importlib.util.find_spec("scvi")
+    found = spec is not None and spec.origin is not None      # a mere folder of that name has no origin
     return [name for name in BASELINES if found or not name.startswith("scvi")]
 
 

@@ -31,6 +31,8 @@ def _import_scvi():
         if error.name != "scvi":
             raise InputError(f"scvi-tools cannot be imported: {error}; reinstall it: pip install 'scld-nb[scvi]'") from None
         raise InputError("scvi needs scvi-tools: pip install 'scld-nb[scvi]'") from None
+    if getattr(scvi, "__file__", None) is None and hasattr(scvi, "__path__"):
+        raise InputError(f"scvi needs scvi-tools: pip install 'scld-nb[scvi]' (a folder named scvi was found in its place: {next(iter(scvi.__path__))})")
     return scvi
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c010
