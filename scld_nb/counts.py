@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 from .data import CellReader, InputError
@@ -353,21 +354,41 @@ def expected_counts(parameters: CountParameters) -> torch.Tensor:
     return torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
 
 
-def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Counts from their distribution.
+# %% ../nbs/01_counts.ipynb #c030a
+def _at_least_one(v: torch.Tensor, log_mu: torch.Tensor, log_r: torch.Tensor | None, *, generator: torch.Generator | None,
+                  many: float = 4.0, longest: int = 64) -> torch.Tensor:
+    """Negative binomial or (``log_r=None``) Poisson counts of which none is zero: the quantiles ``v``, or fresh draws beyond a mean of ``many``."""
+    mu, r = log_mu.exp(), None if log_r is None else log_r.exp()
+    above = -torch.expm1(-mu if r is None else -r * torch.log1p(mu / r))         # P(x >= 1)
+    x = torch.ones_like(v)
+    left = (mu > many).nonzero().squeeze(1)
+    while len(left):
+        rate = mu[left]
+        if r is not None:
+            rate = torch._standard_gamma(r[left], generator=generator).mul_(rate).div_(r[left])
+        drawn = torch.poisson(rate, generator=generator)
+        x.index_copy_(0, left, drawn)
+        left = left[drawn == 0]                                                  # once more
+    left = (mu <= many).nonzero().squeeze(1)
+    rest, m = v[left] * above[left], mu[left]
+    shape = torch.full_like(m, math.inf) if r is None else r[left]
+    ratio = m if r is None else m / (m + shape)
+    p = (1.0 - above[left]) * (ratio if r is None else shape * ratio)            # p(1)
+    for k in range(1, longest + 1):
+        rest = rest - p
+        go = (rest >= 0).nonzero().squeeze(1)
+        left, rest, p, ratio, shape = (part.index_select(0, go) for part in (left, rest, p, ratio, shape))
+        if not len(left):
+            return x
+        x.index_fill_(0, left, k + 1.0)
+        p = p * ratio * (1.0 / (k + 1) if r is None else (shape + k) / (k + 1))
+    tail, mean, n = (part.numpy() for part in (((1.0 - v) * above)[left], mu[left], shape))
+    q = stats.poisson.isf(tail, mean) if r is None else stats.nbinom.isf(tail, n, n / (n + mean))
+    return x.index_copy_(0, left, torch.from_numpy(q))
 
-    Parameters
-    ----------
-    parameters
-        What `CountMap` returns.
-    generator
-        Source of randomness, on the device of the parameters.
-
-    Returns
-    -------
-    Whole numbers as float32, shape ``(n, n_genes)``. A cell of no counts at all gets one, in its likeliest gene: no real cell
-    is empty.
-    """
+# %% ../nbs/01_counts.ipynb #c030c
+def _draw_every_entry(parameters: CountParameters, generator: torch.Generator | None) -> torch.Tensor:
+    """Gamma and Poisson for every entry, as a GPU likes it."""
     log_mu, log_r, logit, outlier, outlier_mean = parameters
     rate = log_mu.exp()
     if log_r is not None:
@@ -382,6 +403,54 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
         u = torch.rand(int(hit.sum()), generator=generator, device=x.device).clamp_min(1e-12)
         stop = torch.exp(-outlier_mean).expand_as(x)[hit]
         x[hit] = 1.0 + torch.floor(u.log() / torch.log1p(-stop))
+    return x
+
+
+def _draw_counted(parameters: CountParameters, generator: torch.Generator | None) -> torch.Tensor:
+    """One uniform number for every entry, and the rest for those alone in which something is counted."""
+    log_mu, log_r, logit, outlier, outlier_mean = parameters
+    if log_r is None:
+        p = log_mu.exp().neg_().expm1_().neg_()
+    else:
+        p = (log_mu - log_r).exp_().log1p_().mul_(-log_r.exp()).expm1_().neg_()
+    p = p if logit is None else p.mul_(torch.sigmoid(-logit))
+    epsilon = None if outlier is None else torch.sigmoid(outlier)
+    p = p if epsilon is None else torch.addcmul(epsilon, p, 1.0 - epsilon)
+    u = torch.rand(p.shape, dtype=torch.float64, generator=generator)
+    hit = (u < p).view(-1).nonzero().squeeze(1)
+    u, p, m = (part.reshape(-1)[hit].double() for part in (u, p, log_mu))
+    r = None if log_r is None else log_r.expand_as(log_mu).reshape(-1)[hit].double()
+    gene = hit % log_mu.shape[1]
+    low = torch.zeros_like(u) if epsilon is None else epsilon.double()[gene]
+    body, y = (u >= low).nonzero().squeeze(1), torch.empty_like(u)
+    v = (u - low)[body] / (p - low)[body]
+    y[body] = _at_least_one(v, m[body], None if r is None else r[body], generator=generator)
+    if outlier_mean is not None:
+        far = (u < low).nonzero().squeeze(1)
+        y[far] = 1.0 + torch.floor(torch.log1p(-u[far] / low[far]) / torch.log1p(-torch.exp(-outlier_mean.double()[gene[far]])))
+    return torch.zeros(log_mu.numel(), dtype=log_mu.dtype).index_copy_(0, hit, y.to(log_mu.dtype)).view_as(log_mu)
+
+
+def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None, dense: bool | None = None) -> torch.Tensor:
+    """Counts from their distribution.
+
+    Parameters
+    ----------
+    parameters
+        What `CountMap` returns.
+    generator
+        Source of randomness, on the device of the parameters.
+    dense
+        Draw a gamma and a Poisson for every entry; default: on a GPU. On a CPU both ways work, with other draws of the same law.
+
+    Returns
+    -------
+    Whole numbers as float32, shape ``(n, n_genes)``. A cell of no counts at all gets one, in its likeliest gene: no real cell
+    is empty.
+    """
+    log_mu = parameters.log_mu
+    every = log_mu.is_cuda if dense is None else dense
+    x = _draw_every_entry(parameters, generator) if every else _draw_counted(parameters, generator)
     empty = (x.sum(dim=1) == 0).nonzero().squeeze(1)
     x[empty, log_mu[empty].argmax(dim=1)] = 1.0
     return x

@@ -34,7 +34,7 @@ from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .distributed import placed, this_team
 from .files import replacing
-from .gpu import sparse_rows
+from .gpu import memory_kept, rows_at_once, sparse_rows
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
 from .large import CellWriter, DiskCells, DiskReader, open_cells
 from .sampling import SAMPLERS, VARIANCES, default_steps, guided_sampler, sample_latents
@@ -572,15 +572,18 @@ class _Draws(_Parts):
         m = proportional(n, self.label_counts) if m is None else m
         return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
 
-    def _decode(self, z: torch.Tensor, seed: int) -> torch.Tensor:
-        """Map latents to cells; no gene can hold more than the whole library, whatever an untrained network says.
+    def _decoded(self, z: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+        """Map latents to dense blocks of cells; no gene can hold more than the whole library, whatever an untrained network says.
 
         Counts are drawn on the device of the latents, so that another kind of device gives other draws of the same cells.
         """
-        if isinstance(self.autoencoder, CountAutoencoder):
-            return self.autoencoder.draw(z, generator=torch.Generator(z.device).manual_seed(seed))
+        generator = torch.Generator(z.device).manual_seed(seed)
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
-        return self.autoencoder.decode(z).clamp_max(most)
+        for part in z.split(rows_at_once(len(self.genes), z.device, most=max(1, len(z)))):
+            if isinstance(self.autoencoder, CountAutoencoder):
+                yield self.autoencoder.draw(part, generator=generator)
+            else:
+                yield self.autoencoder.decode(part).clamp_max(most)
 
     def _selected(self, scores: np.ndarray, k: np.ndarray | None, keep: float, seed: int) -> np.ndarray:
         """Rows that survive the Scorer."""
@@ -638,14 +641,14 @@ class _Draws(_Parts):
 
         def batches() -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
             for b, z in bounded_queue(latents(), stop=stop) if stream else latents():
-                x = self._decode(z, counter_seed(seed, "counts", b))
-                if "scorer" in self.history:
-                    score = self.scorer.score(self._in_model_space(x)).cpu().numpy()
-                else:
-                    score = np.full(len(z), np.nan)
-                yield sparse_rows(x, np.float32 if c.head == "mse" else np.int32), score
+                cells, scores = [], []
+                for x in self._decoded(z, counter_seed(seed, "counts", b)):
+                    cells.append(sparse_rows(x, np.float32 if c.head == "mse" else np.int32))
+                    scored = "scorer" in self.history
+                    scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
+                yield sparse.vstack(cells, format="csr"), np.concatenate(scores)
 
-        with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
+        with bar, memory_kept(), reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
             made = list(team.in_order(batches(), len(starts)))
         if not team.is_main:
             return sparse.csr_matrix((0, len(self.genes))), np.zeros(0)
@@ -924,6 +927,7 @@ def count_denoiser_steps(n_cells: int, batch_size: int = 128) -> int:
 class _Learns(_SamplesInChunks):
     """Round and Map, the denoiser, the Scorer."""
 
+    @memory_kept()
     def train(
         self,
         max_steps: int | None = None,
@@ -1066,7 +1070,7 @@ class _Learns(_SamplesInChunks):
         if len(self._codes) < size:
             notes.append(f"{len(self._codes)} cells are fewer than a batch of {size}: every step sees all of them")
         for note in notes:
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=4)  # past `memory_kept`, to who called train
 
     def training_steps(self, max_steps: int | None = None, ae_steps: int | None = None) -> tuple[int, int]:
         """Steps of denoiser and autoencoder that `train` takes; see there."""
@@ -1120,7 +1124,7 @@ class _Learns(_SamplesInChunks):
         } | ({} if budget_s is None else {"budget_s": budget_s})
         if done.interrupted:
             warnings.warn(
-                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3
+                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=4
             )
 
     def _train_scorer(self, reader: CellReader, steps: int | None, progress: bool | None) -> None:
@@ -1207,6 +1211,7 @@ class SCLD(_Learns):
         reader = self._encoder_reader(self._read(adata, layer))
         return encode_cells(self.autoencoder, reader, device=self.device).numpy()
 
+    @memory_kept()
     def reconstruct(self, adata: Cells | None = None, *, layer: str | None = None) -> ad.AnnData:
         """Map(Round(x)) of real cells: what the decoder alone makes of them, the bound for every generated cell.
 
@@ -1222,8 +1227,7 @@ class SCLD(_Learns):
                     z, spread = self.autoencoder.posterior(cells)
                     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
                     z = z + spread * noise.to(self.device)
-                decoded = self._decode(z, seed)
-                x.append(sparse_rows(decoded, np.float32 if self.config.head == "mse" else np.int32))
+                x += [sparse_rows(part, np.float32 if self.config.head == "mse" else np.int32) for part in self._decoded(z, seed)]
         out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
         out.uns["scld"] = {"scale": self._scale(), "target_sum": TARGET_SUM, "version": __version__}
         return out

@@ -1,5 +1,7 @@
 """Count heads: likelihood, gradient, draws, the pair, and the model that draws whole numbers."""
 
+import math
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -113,6 +115,36 @@ def test_draws_follow_the_distribution(head):
         np.testing.assert_allclose(found[1:] / found[1:].sum(), wanted[1:] / wanted[1:].sum(), atol=0.02)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("mu, r, pi, epsilon, height", [
+    (0.01, 1.0, 0.0, 0.0, 0.0), (0.5, 0.05, 0.3, 0.0, 0.0), (2.0, 100.0, 0.1, 0.02, 20.0), (3.9, 0.3, 0.0, 0.001, 50.0),
+    (3.9, 0.02, 0.0, 0.0, 0.0), (30.0, 0.05, 0.2, 0.01, 8.0), (50.0, 5.0, 0.0, 0.0, 0.0), (0.3, None, 0.0, 0.0, 0.0), (3.5, None, 0.2, 0.05, 3.0),
+    (40.0, None, 0.0, 0.0, 0.0),
+])
+def test_draws_have_the_frequencies_that_scipy_gives(dense, mu, r, pi, epsilon, height):
+    """Chi-squared test of either way of drawing, means below and above where it changes, and sums that do not end in 64 steps."""
+    n = 200_000                                              # a second gene that is never zero, so that no cell is empty
+
+    def of(value, other):
+        return torch.tensor([value, other], dtype=torch.float32).expand(n, 2)
+
+    logit = None if pi == 0 else of(math.log(pi / (1 - pi)), -20.0)
+    outliers = (None, None) if epsilon == 0 else (torch.tensor([math.log(epsilon / (1 - epsilon)), -30.0]), torch.tensor([height, 2.0]).log())
+    p = CountParameters(of(math.log(mu), 3.5), None if r is None else of(math.log(r), 8.0), logit, *outliers)
+    x = draw_counts(p, generator=torch.Generator().manual_seed(4), dense=dense).numpy()[:, 0]
+    grid = np.arange(int(x.max()) + 2)
+    body = stats.poisson.pmf(grid, mu) if r is None else stats.nbinom.pmf(grid, r, r / (r + mu))
+    body = (1 - epsilon) * ((1 - pi) * body + pi * (grid == 0)) + (epsilon * stats.geom.pmf(grid, 1 / height) if epsilon else 0)
+    above = body[1:].cumsum() / body[1:].sum()
+    bins = np.unique(1 + np.searchsorted(above, np.linspace(0, 1, 40)[:-1]))
+    bins = np.append(0, bins[1:] if n * body[0] < 5 else bins)                # zeros by themselves, if there are any
+    wanted = np.add.reduceat(body, bins)
+    wanted[-1] += 1 - body.sum()
+    found = np.add.reduceat(np.bincount(x.astype(int), minlength=len(grid)), bins)
+    assert stats.chisquare(found, n * wanted).pvalue > 1e-3
+    assert found.sum() == n and (n * wanted > 5).all() and len(bins) > 1
+
+
 def test_no_drawn_cell_is_empty_and_the_seed_decides():
     p = CountParameters(torch.full((50, 4), -9.0))
     a, b, c = (draw_counts(p, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
@@ -197,8 +229,8 @@ def test_of_a_large_set_some_blocks_do_for_the_means(monkeypatch):
     rng = np.random.default_rng(0)
     counts = sp.csr_matrix(rng.poisson(rng.gamma(20.0, 1.0, 40), (2000, 40)).astype(np.float32))
     reader, seen, steps = CellReader(counts, target_sum=None, transform="none"), [], {}
-    read = reader.read
-    monkeypatch.setattr(reader, "read", lambda rows: seen.append(rows.start) or read(rows))
+    read = reader.read_sparse
+    monkeypatch.setattr(reader, "read_sparse", lambda rows: seen.append(rows.start) or read(rows))
     for most in (2000, 500, 499):
         torch.manual_seed(0)
         pair = CountAutoencoder(40, 3, n_cells=2000, hidden=16, width=8, start=count_start(counts)).eval()

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from scld_nb import SCLD, data
+from scld_nb import SCLD, data, gpu
 from scld_nb.counts import CountAutoencoder, CountMap, CountParameters, count_nll
 from scld_nb.data import CellReader
-from scld_nb.gpu import OnDevice, Recorded, blocks_on, on_device, send, sparse_rows
+from scld_nb.gpu import OnDevice, Recorded, blocks_on, memory_kept, on_device, rows_at_once, send, sparse_rows
 from scld_nb.schedules import linear_schedule
 from scld_nb.training import diffusion_draws, fit, train_autoencoder
 
@@ -60,6 +60,59 @@ def test_blocks_are_all_cells_in_order(device):
     assert np.allclose(torch.cat(blocks).cpu().numpy(), reader.read(slice(None)), rtol=1e-6)
     some = list(blocks_on(reader, device, 128, every=2))
     assert len(some) == 2 and all(torch.equal(a, b) for a, b in zip(some, blocks[::2]))
+
+
+def test_blocks_of_many_genes_are_cut_on_a_cpu(monkeypatch):
+    reader = CellReader(counts())
+    whole = list(blocks_on(reader, CPU, 128, every=2))
+    monkeypatch.setattr(gpu, "rows_at_once", lambda n_genes, device, *, most: min(most, 50))
+    parts = list(blocks_on(reader, CPU, 128, every=2))
+    assert [len(b) for b in parts] == [50, 50, 28, 44] and torch.equal(torch.cat(parts), torch.cat(whole))
+
+
+@given(st.integers(1, 10**8), st.integers(1, 5000))
+def test_a_block_has_rows_and_fits(genes, most):
+    rows = rows_at_once(genes, CPU, most=most)
+    assert 1 <= rows <= most and (rows == 1 or rows * genes <= 2**21) and (rows == most or (rows + 1) * genes > 2**21)
+    assert rows_at_once(genes, CUDA, most=most) == most
+
+
+class _Libc:
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, which, value):
+        self.calls.append((which, value))
+
+    def malloc_trim(self, pad):
+        self.calls.append(("trim", pad))
+
+
+def test_memory_is_kept_until_the_last_who_wants_it_is_done(monkeypatch):
+    libc = _Libc()
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(gpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
+
+    @memory_kept()
+    def work():
+        assert ("trim", 0) not in libc.calls
+        raise ValueError("on the way")
+
+    with memory_kept():
+        with pytest.raises(ValueError, match="on the way"):
+            work()
+        assert (-1, 2**30) in libc.calls and (-3, 2**25) in libc.calls and ("trim", 0) not in libc.calls
+    assert libc.calls[-2:] == [(-1, 2**26), ("trim", 0)]
+
+
+def test_elsewhere_nothing_is_asked_of_the_c_library(monkeypatch):
+    def none(name):
+        raise AssertionError("there is no such library")
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", none)
+    monkeypatch.setattr(gpu.platform, "libc_ver", lambda: ("", ""))
+    with memory_kept():
+        pass
 
 
 def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):

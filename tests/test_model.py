@@ -497,6 +497,16 @@ def test_stream_changes_nothing(tiny_model, options):
     )
 
 
+def test_cells_decoded_in_parts_are_those_decoded_at_once(tiny_model, cells, monkeypatch):
+    whole, back = tiny_model.sample(30, keep=1, progress=False), tiny_model.reconstruct(cells)
+    monkeypatch.setattr(model_module, "rows_at_once", lambda n_genes, device, *, most: 7)
+    for a, b in ((whole, tiny_model.sample(30, keep=1, progress=False)), (back, tiny_model.reconstruct(cells))):
+        assert a.shape == b.shape and list(a.obs) == list(b.obs)
+        if "score" in a.obs:
+            np.testing.assert_allclose(a.obs["score"], b.obs["score"], atol=1e-5)
+        np.testing.assert_allclose(a.X.toarray(), b.X.toarray(), atol=1e-4)
+
+
 def test_samplers_and_steps(tiny_model):
     drawn = {
         s: tiny_model.sample(20, sampler=s, sampling_steps=5, keep=1, progress=False) for s in SAMPLERS
@@ -572,7 +582,9 @@ def test_label_columns_with_the_names_of_ours(cells, tiny, tiny_model, key):
 
 
 def test_without_labels(cells, tiny, tiny_model):
-    model = SCLD(cells, device="cpu", **tiny).train(3, autoencoder=tiny_model, scorer=False, progress=False)
+    with pytest.warns(UserWarning, match="all cells have one label") as warned:
+        model = SCLD(cells, device="cpu", **tiny).train(3, autoencoder=tiny_model, scorer=False, progress=False)
+    assert warned[0].filename == __file__                    # it points at who called train
     got = model.sample(6, keep=1, progress=False)
     assert model.labels == ["all"] and (got.obs["label"] == "all").all() and got.uns["scld"]["labels_key"] == "label"
 
