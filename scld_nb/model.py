@@ -34,7 +34,7 @@ from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
 from .distributed import placed, this_team
 from .files import replacing
-from .gpu import memory_kept, rows_at_once, sparse_rows
+from .gpu import rows_at_once, sparse_rows
 from .guidance import FUSIONS, PREDICTIONS, Denoiser, check_omega, cluster_means
 from .large import CellWriter, DiskCells, DiskReader, open_cells
 from .sampling import SAMPLERS, VARIANCES, default_steps, guided_sampler, sample_latents
@@ -648,7 +648,7 @@ class _Draws(_Parts):
                     scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
                 yield sparse.vstack(cells, format="csr"), np.concatenate(scores)
 
-        with bar, memory_kept(), reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
+        with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
             made = list(team.in_order(batches(), len(starts)))
         if not team.is_main:
             return sparse.csr_matrix((0, len(self.genes))), np.zeros(0)
@@ -927,7 +927,6 @@ def count_denoiser_steps(n_cells: int, batch_size: int = 128) -> int:
 class _Learns(_SamplesInChunks):
     """Round and Map, the denoiser, the Scorer."""
 
-    @memory_kept()
     def train(
         self,
         max_steps: int | None = None,
@@ -1070,7 +1069,7 @@ class _Learns(_SamplesInChunks):
         if len(self._codes) < size:
             notes.append(f"{len(self._codes)} cells are fewer than a batch of {size}: every step sees all of them")
         for note in notes:
-            warnings.warn(note, stacklevel=4)  # past `memory_kept`, to who called train
+            warnings.warn(note, stacklevel=3)
 
     def training_steps(self, max_steps: int | None = None, ae_steps: int | None = None) -> tuple[int, int]:
         """Steps of denoiser and autoencoder that `train` takes; see there."""
@@ -1124,7 +1123,7 @@ class _Learns(_SamplesInChunks):
         } | ({} if budget_s is None else {"budget_s": budget_s})
         if done.interrupted:
             warnings.warn(
-                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=4
+                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3
             )
 
     def _train_scorer(self, reader: CellReader, steps: int | None, progress: bool | None) -> None:
@@ -1211,7 +1210,6 @@ class SCLD(_Learns):
         reader = self._encoder_reader(self._read(adata, layer))
         return encode_cells(self.autoencoder, reader, device=self.device).numpy()
 
-    @memory_kept()
     def reconstruct(self, adata: Cells | None = None, *, layer: str | None = None) -> ad.AnnData:
         """Map(Round(x)) of real cells: what the decoder alone makes of them, the bound for every generated cell.
 

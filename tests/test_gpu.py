@@ -11,7 +11,7 @@ from torch import nn
 from scld_nb import SCLD, data, gpu
 from scld_nb.counts import CountAutoencoder, CountMap, CountParameters, count_nll
 from scld_nb.data import CellReader
-from scld_nb.gpu import OnDevice, Recorded, blocks_on, memory_kept, on_device, rows_at_once, send, sparse_rows
+from scld_nb.gpu import OnDevice, Recorded, blocks_on, on_device, rows_at_once, send, sparse_rows
 from scld_nb.schedules import linear_schedule
 from scld_nb.training import diffusion_draws, fit, train_autoencoder
 
@@ -75,44 +75,6 @@ def test_a_block_has_rows_and_fits(genes, most):
     rows = rows_at_once(genes, CPU, most=most)
     assert 1 <= rows <= most and (rows == 1 or rows * genes <= 2**21) and (rows == most or (rows + 1) * genes > 2**21)
     assert rows_at_once(genes, CUDA, most=most) == most
-
-
-class _Libc:
-    def __init__(self):
-        self.calls = []
-
-    def mallopt(self, which, value):
-        self.calls.append((which, value))
-
-    def malloc_trim(self, pad):
-        self.calls.append(("trim", pad))
-
-
-def test_memory_is_kept_until_the_last_who_wants_it_is_done(monkeypatch):
-    libc = _Libc()
-    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(gpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
-
-    @memory_kept()
-    def work():
-        assert ("trim", 0) not in libc.calls
-        raise ValueError("on the way")
-
-    with memory_kept():
-        with pytest.raises(ValueError, match="on the way"):
-            work()
-        assert (-1, 2**30) in libc.calls and (-3, 2**25) in libc.calls and ("trim", 0) not in libc.calls
-    assert libc.calls[-2:] == [(-1, 2**26), ("trim", 0)]
-
-
-def test_elsewhere_nothing_is_asked_of_the_c_library(monkeypatch):
-    def none(name):
-        raise AssertionError("there is no such library")
-
-    monkeypatch.setattr(gpu.ctypes, "CDLL", none)
-    monkeypatch.setattr(gpu.platform, "libc_ver", lambda: ("", ""))
-    with memory_kept():
-        pass
 
 
 def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
