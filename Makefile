@@ -12,7 +12,8 @@ PIP_UNLOCKED := .venv-unlocked/bin/python -m pip --quiet --disable-pip-version-c
 
 .PHONY: reproduce test literal readme docs unlocked lock clean
 
-# matrices of the embedded set are so small that threads only wait for one another
+# the embedded set on one thread: a fifth to a third slower than two on an idle machine, but where another process wants a core
+# two threads wait for one another (a training of 22 s took 84 s, one thread 25 s), and the figures depend on no number of cores
 reproduce: .venv/installed
 	$(if $(filter pbmc68k_reduced,$(DATASET)),OMP_NUM_THREADS=1 )papermill nbs/reproduce.ipynb runs/$(notdir $(basename $(DATASET))).ipynb -p dataset $(DATASET) </dev/null
 	@echo; echo "executed notebook: runs/$(notdir $(basename $(DATASET))).ipynb"
@@ -35,7 +36,7 @@ test: .venv/installed
 
 # the command of the README, word for word, and the files it promises
 literal: .venv/installed
-	# one thread: two of them wait for one another where another process wants a core, ten times as long as they compute
+	# one thread, for `unlocked` runs beside it (see reproduce)
 	OMP_NUM_THREADS=1 papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
 	@ls $(addprefix results/pbmc68k_reduced/,table2.csv table3.csv table4.csv table5.csv figure4.png figure5.csv figure5.png)
 
