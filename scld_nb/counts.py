@@ -357,11 +357,12 @@ def expected_counts(parameters: CountParameters) -> torch.Tensor:
 # %% ../nbs/01_counts.ipynb #c030a
 def _at_least_one(v: torch.Tensor, log_mu: torch.Tensor, log_r: torch.Tensor | None, *, generator: torch.Generator | None,
                   many: float = 4.0, longest: int = 64) -> torch.Tensor:
-    """Negative binomial or (``log_r=None``) Poisson counts of which none is zero: the quantiles ``v``, or fresh draws beyond a mean of ``many``."""
+    """Negative binomial or (``log_r=None``) Poisson counts of which none is zero: the quantiles ``v``, or mostly fresh draws beyond a mean of ``many``."""
     mu, r = log_mu.exp(), None if log_r is None else log_r.exp()
     above = -torch.expm1(-mu if r is None else -r * torch.log1p(mu / r))         # P(x >= 1)
     x = torch.ones_like(v)
-    left = (mu > many).nonzero().squeeze(1)
+    again = (mu > many) & (above > 0.05)                                         # few of the draws come out as zero
+    left = again.nonzero().squeeze(1)
     while len(left):
         rate = mu[left]
         if r is not None:
@@ -369,7 +370,7 @@ def _at_least_one(v: torch.Tensor, log_mu: torch.Tensor, log_r: torch.Tensor | N
         drawn = torch.poisson(rate, generator=generator)
         x.index_copy_(0, left, drawn)
         left = left[drawn == 0]                                                  # once more
-    left = (mu <= many).nonzero().squeeze(1)
+    left = again.logical_not().nonzero().squeeze(1)
     rest, m = v[left] * above[left], mu[left]
     shape = torch.full_like(m, math.inf) if r is None else r[left]
     ratio = m if r is None else m / (m + shape)
@@ -441,7 +442,7 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
     generator
         Source of randomness, on the device of the parameters.
     dense
-        Draw a gamma and a Poisson for every entry; default: on a GPU. On a CPU both ways work, with other draws of the same law.
+        Draw a gamma and a Poisson for every entry; default: anywhere but on a CPU, where both ways work, with other draws of the same law.
 
     Returns
     -------
@@ -449,7 +450,7 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
     is empty.
     """
     log_mu = parameters.log_mu
-    every = log_mu.is_cuda if dense is None else dense
+    every = log_mu.device.type != "cpu" if dense is None else dense
     x = _draw_every_entry(parameters, generator) if every else _draw_counted(parameters, generator)
     empty = (x.sum(dim=1) == 0).nonzero().squeeze(1)
     x[empty, log_mu[empty].argmax(dim=1)] = 1.0

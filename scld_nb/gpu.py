@@ -69,7 +69,7 @@ def on_device(reader: CellReader, device: torch.device, *, share: float = 0.5) -
 # %% ../nbs/00_gpu.ipynb #c017
 def rows_at_once(n_genes: int, device: torch.device, *, most: int = 1024) -> int:
     """Cells of one dense block: on a CPU no more than make 2**21 entries (8 MiB), elsewhere ``most``."""
-    return most if device.type == "cuda" else max(1, min(most, 2**21 // n_genes))
+    return most if device.type != "cpu" else max(1, min(most, 2**21 // n_genes))
 
 
 def blocks_on(reader: CellReader, device: torch.device, size: int = 1024, *, every: int = 1) -> Iterator[torch.Tensor]:

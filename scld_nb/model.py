@@ -579,7 +579,7 @@ class _Draws(_Parts):
         """
         generator = torch.Generator(z.device).manual_seed(seed)
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
-        for part in z.split(rows_at_once(len(self.genes), z.device, most=max(1, len(z)))):
+        for part in z.split(rows_at_once(len(self.genes), z.device, most=len(z))):
             if isinstance(self.autoencoder, CountAutoencoder):
                 yield self.autoencoder.draw(part, generator=generator)
             else:
@@ -641,10 +641,9 @@ class _Draws(_Parts):
 
         def batches() -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
             for b, z in bounded_queue(latents(), stop=stop) if stream else latents():
-                cells, scores = [], []
+                cells, scores, scored = [], [], "scorer" in self.history
                 for x in self._decoded(z, counter_seed(seed, "counts", b)):
                     cells.append(sparse_rows(x, np.float32 if c.head == "mse" else np.int32))
-                    scored = "scorer" in self.history
                     scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
                 yield sparse.vstack(cells, format="csr"), np.concatenate(scores)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from scld_nb import counts as counts_module
 from scld_nb.counts import (
     DISPERSIONS,
     HEADS,
@@ -118,7 +119,7 @@ def test_draws_follow_the_distribution(head):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("mu, r, pi, epsilon, height", [
     (0.01, 1.0, 0.0, 0.0, 0.0), (0.5, 0.05, 0.3, 0.0, 0.0), (2.0, 100.0, 0.1, 0.02, 20.0), (3.9, 0.3, 0.0, 0.001, 50.0),
-    (3.9, 0.02, 0.0, 0.0, 0.0), (30.0, 0.05, 0.2, 0.01, 8.0), (50.0, 5.0, 0.0, 0.0, 0.0), (0.3, None, 0.0, 0.0, 0.0), (3.5, None, 0.2, 0.05, 3.0),
+    (3.9, 0.02, 0.0, 0.0, 0.0), (30.0, 0.05, 0.2, 0.01, 8.0), (30.0, 0.002, 0.0, 0.0, 0.0), (50.0, 5.0, 0.0, 0.0, 0.0), (0.3, None, 0.0, 0.0, 0.0), (3.5, None, 0.2, 0.05, 3.0),
     (40.0, None, 0.0, 0.0, 0.0),
 ])
 def test_draws_have_the_frequencies_that_scipy_gives(dense, mu, r, pi, epsilon, height):
@@ -143,6 +144,17 @@ def test_draws_have_the_frequencies_that_scipy_gives(dense, mu, r, pi, epsilon, 
     found = np.add.reduceat(np.bincount(x.astype(int), minlength=len(grid)), bins)
     assert stats.chisquare(found, n * wanted).pvalue > 1e-3
     assert found.sum() == n and (n * wanted > 5).all() and len(bins) > 1
+
+
+def test_only_a_cpu_draws_by_inversion(monkeypatch):
+    """Other devices may have no double precision."""
+    def every(parameters, generator):
+        raise RuntimeError("a gamma for every entry")
+
+    monkeypatch.setattr(counts_module, "_draw_every_entry", every)
+    assert draw_counts(CountParameters(torch.zeros(2, 3))).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="a gamma for every entry"):
+        draw_counts(CountParameters(torch.zeros(2, 3, device="meta")))
 
 
 def test_no_drawn_cell_is_empty_and_the_seed_decides():

@@ -74,7 +74,7 @@ def test_blocks_of_many_genes_are_cut_on_a_cpu(monkeypatch):
 def test_a_block_has_rows_and_fits(genes, most):
     rows = rows_at_once(genes, CPU, most=most)
     assert 1 <= rows <= most and (rows == 1 or rows * genes <= 2**21) and (rows == most or (rows + 1) * genes > 2**21)
-    assert rows_at_once(genes, CUDA, most=most) == most
+    assert rows_at_once(genes, CUDA, most=most) == rows_at_once(genes, torch.device("mps"), most=most) == most
 
 
 def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
