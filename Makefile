@@ -10,7 +10,7 @@ export MPLBACKEND := Agg
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 PIP_UNLOCKED := .venv-unlocked/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: reproduce test literal readme docs unlocked lock clean
+.PHONY: reproduce test literal notebooks processes readme docs unlocked lock clean
 
 # the embedded set on one thread: a fifth to a third slower than two on an idle machine, but where another process wants a core
 # two threads wait for one another (a training of 22 s took 84 s, one thread 25 s), and the figures depend on no number of cores
@@ -26,17 +26,23 @@ test: .venv/installed
 	$(MAKE) --no-print-directory readme
 	git diff --exit-code -- nbs scld_nb README.md
 	mypy
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	# two cores, two lanes that take about as long
+	$(MAKE) --no-print-directory -j2 literal notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --ignore tests/test_distributed.py --cov=scld_nb --cov-report=
-	# forks processes, which is safe only from one that has no threads of its own
-	OMP_NUM_THREADS=1 pytest -q tests/test_distributed.py --cov=scld_nb --cov-append --cov-report=term --cov-fail-under=90
-	# the one computes, the other mostly downloads
-	$(MAKE) --no-print-directory -j2 literal unlocked
+	# the one mostly waits, the other mostly downloads
+	$(MAKE) --no-print-directory -j2 processes unlocked
 	@echo "all checks passed"
+
+notebooks: .venv/installed
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 1
+
+# forks processes, which is safe only from one that has no threads of its own
+processes: .venv/installed
+	OMP_NUM_THREADS=1 pytest -q tests/test_distributed.py --cov=scld_nb --cov-append --cov-report=term --cov-fail-under=90
 
 # the command of the README, word for word, and the files it promises
 literal: .venv/installed
-	# one thread, for `unlocked` runs beside it (see reproduce)
+	# one thread, for the notebooks run beside it (see reproduce)
 	OMP_NUM_THREADS=1 papermill nbs/reproduce.ipynb -p dataset pbmc68k_reduced </dev/null >out.ipynb
 	@ls $(addprefix results/pbmc68k_reduced/,table2.csv table3.csv table4.csv table5.csv figure4.png figure5.csv figure5.png)
 

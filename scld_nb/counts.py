@@ -15,9 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
+from .cpu import bounded_cpu, count_nll_cpu, counted_cpu, draw_counts_cpu
 from .data import CellReader, InputError
 from .draws import Dropout, draw_rows, dropout
 from .gpu import blocks_on
@@ -87,53 +87,6 @@ def count_start(counts: sp.spmatrix | DiskReader) -> CountStart:
     outlier = np.clip(np.log((seen + 0.002) / n_cells), -14.0, -4.5)
     return CountStart(*(part.astype(np.float32) for part in (shares, log_r, outlier, outlier_mean)))
 
-# %% ../nbs/01_counts.ipynb #c016
-class _ZerosAndCounted(torch.autograd.Function):
-    """-log p(0), summed over the genes where nothing was counted, with its gradient; and the parameters of the entries that were counted.
-
-    Inputs are log mu, log r (``None``: Poisson), the logit of the extra zeros (``None``: there are none), all ``(n, n_genes)``,
-    and the flat positions of the counted entries. Outputs are the sum ``(n,)`` and the three inputs at those positions. An entry is
-    either zero or counted, so backwards the two kinds of gradient share one matrix.
-    """
-
-    @staticmethod
-    def forward(ctx, log_mu, log_r, logit, stored):
-        d_r = d_logit = None
-        if log_r is None:
-            d_mu = log_mu.exp()
-            a = d_mu.clone()
-        else:
-            r, u = log_r.exp(), (log_mu - log_r).exp_()
-            a = u.log1p().mul_(r)
-            d_mu = r.mul_(u).div_(u.add_(1.0))               # da / d log mu = r u / (1 + u), with u = mu / r
-            d_r = a - d_mu                                   # da / d log r
-        if logit is not None:
-            extra = torch.sigmoid(logit)
-            others = 1.0 - extra
-            counts = a.neg_().exp_().mul_(others)            # probability of a zero by the counts alone
-            p0 = extra.add_(counts)
-            d_logit = counts - others
-            weight = counts.div_(p0)                         # share of a zero that the counts explain
-            d_mu.mul_(weight)
-            if d_r is not None:
-                d_r.mul_(weight)
-            d_logit.addcmul_(d_logit, weight, value=-1.0)
-            a = p0.log_().neg_()
-        a.view(-1).index_fill_(0, stored, 0.0)
-        ctx.save_for_backward(stored, d_mu, d_r, d_logit)
-        counted = (None if part is None else part.reshape(-1).index_select(0, stored) for part in (log_mu, log_r, logit))
-        return a.sum(dim=1), *counted
-
-    @staticmethod
-    def backward(ctx, grad, *counted):
-        stored, *parts = ctx.saved_tensors
-        out = [None if part is None else part * grad[:, None] for part in parts]
-        for whole, part in zip(out, counted, strict=True):
-            if whole is not None:
-                whole.view(-1).index_copy_(0, stored, part)
-        return *out, None
-
-
 # %% ../nbs/01_counts.ipynb #c017
 class CountParameters(NamedTuple):
     r"""A count distribution per cell and gene.
@@ -159,8 +112,13 @@ class CountParameters(NamedTuple):
     outlier_mean: torch.Tensor | None = None
 
 
+def _walks(values: torch.Tensor) -> bool:
+    """Whether compiled loops can read this."""
+    return values.device.type == "cpu" and values.dtype == torch.float32
+
+
 def _dense_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
-    """`count_nll` with every term for every entry: no shape depends on values, as a GPU's recorded steps need it."""
+    """`count_nll` with every term for every entry, in PyTorch's operations: no shape depends on values, as a GPU's recorded steps need it."""
     log_mu, log_r, logit, outlier, outlier_mean = parameters
     if log_r is None:
         a = log_mu.exp()
@@ -181,7 +139,7 @@ def _dense_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
     return -torch.where(x > 0, log_p, log_p0).sum(dim=1)
 
 
-def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | None = None, stored: torch.Tensor | None = None) -> torch.Tensor:
+def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool = False) -> torch.Tensor:
     r"""$-\log p(x)$ of counts, summed over genes: nats per cell, shape ``(n,)``.
 
     An outlier is a count of at least 1, $q(x)=\tfrac1{M_g}(1-\tfrac1{M_g})^{x-1}$.
@@ -193,34 +151,12 @@ def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool | Non
     parameters
         Their distribution.
     dense
-        Compute every term for every entry; default: on a GPU, where that is quicker than to look for those counted.
-    stored
-        Flat positions of the counted entries, where they are known already.
+        Compute every term for every entry, which anything but a CPU in single precision does anyway, and Poisson everywhere.
     """
-    if x.is_cuda if dense is None else dense:
+    log_mu, log_r, *rest = parameters
+    if dense or log_r is None or not _walks(log_mu):
         return _dense_nll(x, parameters)
-    log_mu, log_r, logit, outlier, outlier_mean = parameters
-    flat = x.reshape(-1)
-    stored = flat.nonzero().squeeze(1) if stored is None else stored
-    nll, m, lr, extra = _ZerosAndCounted.apply(log_mu, None if log_r is None else log_r.expand_as(log_mu), logit, stored)
-    y = flat[stored]
-    if lr is None:
-        log_p = y * m - m.exp() - torch.lgamma(y + 1.0)
-    else:
-        r, total = lr.exp(), torch.logaddexp(lr, m)
-        log_p = torch.lgamma(y + r) - torch.lgamma(r) - torch.lgamma(y + 1.0) + r * (lr - total) + y * (m - total)
-    if extra is not None:
-        log_p = log_p - F.softplus(extra)
-    rows = torch.div(stored, x.shape[1], rounding_mode="floor")
-    if outlier is not None:
-        assert outlier_mean is not None
-        gene, body = stored % x.shape[1], F.softplus(outlier)                # body = -log(1 - epsilon)
-        stop = torch.exp(-outlier_mean)
-        own, most, rest = (part.index_select(0, gene) for part in (body, torch.log(stop) - F.softplus(-outlier), torch.log1p(-stop)))
-        log_p = torch.logaddexp(log_p - own, most + (y - 1.0) * rest)
-        nll = nll + body.sum() - torch.zeros_like(nll).index_add(0, rows, own)
-    return nll.index_add(0, rows, -log_p)
-
+    return count_nll_cpu(x, log_mu, log_r.expand_as(log_mu), *rest)
 
 # %% ../nbs/01_counts.ipynb #c022
 def _layers(n_in: int, hidden: int, n_out: int, dropout: float) -> nn.Sequential:
@@ -248,15 +184,14 @@ class CountRound(nn.Module):
         super().__init__()
         self.net, self.input_dropout = _layers(n_genes, hidden, 2 * d, dropout), input_dropout
 
-    def forward(self, x: torch.Tensor, stored: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts ``(n, n_genes)``, with the flat positions of those that are not zero if they are known, to mean and log-variance, each ``(n, d)``."""
-        if x.is_cuda:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts ``(n, n_genes)`` to mean and log-variance, each ``(n, d)``."""
+        if x.device.type != "cpu":
             seen = dropout(x.log1p(), self.input_dropout, self.training)
         else:                                                # draws for the counted entries alone
-            flat = x.reshape(-1)
-            stored = flat.nonzero().squeeze(1) if stored is None else stored
+            flat, stored = x.reshape(-1), counted_cpu(x)
             values = dropout(flat[stored].log1p(), self.input_dropout, self.training, entries=True)
-            seen = torch.zeros_like(flat).index_copy(0, stored, values).view_as(x)
+            seen = torch.zeros_like(flat).index_copy_(0, stored, values).view_as(x)
         mean, log_var = self.net(seen).float().chunk(2, dim=1)
         return mean, (log_var - 1.0).clamp(-8.0, 4.0)
 
@@ -331,17 +266,29 @@ class CountMap(nn.Module):
         """Latents ``(n, d)`` and logarithms of library sizes ``(n, 1)`` to parameters."""
         h = F.layer_norm(self.net(z), (self.mean.in_features,))
         shares = self.mean(h).float()
-        log_mu = shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
-        log_r = None if self.log_r is None else GAIN * self.log_r
-        if log_r is not None and "r" in self.low:
-            log_r = log_r + self.low["r"](h).float()
+        if _walks(shares):
+            log_mu = bounded_cpu(shares, log_library)
+        else:
+            log_mu = shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
+        log_r = None if self.log_r is None else self._offset_by("r", self.log_r, h)
         return CountParameters(
             log_mu,
             None if log_r is None else log_r.clamp(-6.0, 8.0),
-            None if self.logit is None else GAIN * self.logit + self.low["zero"](h).float(),
+            None if self.logit is None else self._offset_by("zero", self.logit, h),
             None if self.outlier is None else GAIN * self.outlier,
             None if self.outlier_mean is None else (GAIN * self.outlier_mean).clamp(0.7, 9.0),
         )
+
+    def _offset_by(self, name: str, offset: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What follows the latent, plus what every gene has of its own: ``(n, n_genes)``, or ``(n_genes,)`` if nothing follows."""
+        if name not in self.low:
+            return GAIN * offset
+        first, last = self.low[name].children()
+        low = first(h)
+        assert isinstance(last, nn.Linear)
+        if _walks(low):                                      # not in bf16, which would round the offsets
+            return F.linear(low, last.weight, GAIN * offset)
+        return GAIN * offset + last(low).float()
 
 # %% ../nbs/01_counts.ipynb #c030
 def expected_counts(parameters: CountParameters) -> torch.Tensor:
@@ -353,39 +300,6 @@ def expected_counts(parameters: CountParameters) -> torch.Tensor:
     assert outlier_mean is not None
     return torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
 
-
-# %% ../nbs/01_counts.ipynb #c030a
-def _at_least_one(v: torch.Tensor, log_mu: torch.Tensor, log_r: torch.Tensor | None, *, generator: torch.Generator | None,
-                  many: float = 4.0, longest: int = 64) -> torch.Tensor:
-    """Negative binomial or (``log_r=None``) Poisson counts of which none is zero: the quantiles ``v``, or mostly fresh draws beyond a mean of ``many``."""
-    mu, r = log_mu.exp(), None if log_r is None else log_r.exp()
-    above = -torch.expm1(-mu if r is None else -r * torch.log1p(mu / r))         # P(x >= 1)
-    x = torch.ones_like(v)
-    again = (mu > many) & (above > 0.05)                                         # few of the draws come out as zero
-    left = again.nonzero().squeeze(1)
-    while len(left):
-        rate = mu[left]
-        if r is not None:
-            rate = torch._standard_gamma(r[left], generator=generator).mul_(rate).div_(r[left])
-        drawn = torch.poisson(rate, generator=generator)
-        x.index_copy_(0, left, drawn)
-        left = left[drawn == 0]                                                  # once more
-    left = again.logical_not().nonzero().squeeze(1)
-    rest, m = v[left] * above[left], mu[left]
-    shape = torch.full_like(m, math.inf) if r is None else r[left]
-    ratio = m if r is None else m / (m + shape)
-    p = (1.0 - above[left]) * (ratio if r is None else shape * ratio)            # p(1)
-    for k in range(1, longest + 1):
-        rest = rest - p
-        go = (rest >= 0).nonzero().squeeze(1)
-        left, rest, p, ratio, shape = (part.index_select(0, go) for part in (left, rest, p, ratio, shape))
-        if not len(left):
-            return x
-        x.index_fill_(0, left, k + 1.0)
-        p = p * ratio * (1.0 / (k + 1) if r is None else (shape + k) / (k + 1))
-    tail, mean, n = (part.numpy() for part in (((1.0 - v) * above)[left], mu[left], shape))
-    q = stats.poisson.isf(tail, mean) if r is None else stats.nbinom.isf(tail, n, n / (n + mean))
-    return x.index_copy_(0, left, torch.from_numpy(q))
 
 # %% ../nbs/01_counts.ipynb #c030c
 def _draw_every_entry(parameters: CountParameters, generator: torch.Generator | None) -> torch.Tensor:
@@ -407,32 +321,7 @@ def _draw_every_entry(parameters: CountParameters, generator: torch.Generator | 
     return x
 
 
-def _draw_counted(parameters: CountParameters, generator: torch.Generator | None) -> torch.Tensor:
-    """One uniform number for every entry, and the rest for those alone in which something is counted."""
-    log_mu, log_r, logit, outlier, outlier_mean = parameters
-    if log_r is None:
-        p = log_mu.exp().neg_().expm1_().neg_()
-    else:
-        p = (log_mu - log_r).exp_().log1p_().mul_(-log_r.exp()).expm1_().neg_()
-    p = p if logit is None else p.mul_(torch.sigmoid(-logit))
-    epsilon = None if outlier is None else torch.sigmoid(outlier)
-    p = p if epsilon is None else torch.addcmul(epsilon, p, 1.0 - epsilon)
-    u = torch.rand(p.shape, dtype=torch.float64, generator=generator)
-    hit = (u < p).view(-1).nonzero().squeeze(1)
-    u, p, m = (part.reshape(-1)[hit].double() for part in (u, p, log_mu))
-    r = None if log_r is None else log_r.expand_as(log_mu).reshape(-1)[hit].double()
-    gene = hit % log_mu.shape[1]
-    low = torch.zeros_like(u) if epsilon is None else epsilon.double()[gene]
-    body, y = (u >= low).nonzero().squeeze(1), torch.empty_like(u)
-    v = (u - low)[body] / (p - low)[body]
-    y[body] = _at_least_one(v, m[body], None if r is None else r[body], generator=generator)
-    if outlier_mean is not None:
-        far = (u < low).nonzero().squeeze(1)
-        y[far] = 1.0 + torch.floor(torch.log1p(-u[far] / low[far]) / torch.log1p(-torch.exp(-outlier_mean.double()[gene[far]])))
-    return torch.zeros(log_mu.numel(), dtype=log_mu.dtype).index_copy_(0, hit, y.to(log_mu.dtype)).view_as(log_mu)
-
-
-def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None, dense: bool | None = None) -> torch.Tensor:
+def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None, dense: bool = False) -> torch.Tensor:
     """Counts from their distribution.
 
     Parameters
@@ -442,16 +331,19 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
     generator
         Source of randomness, on the device of the parameters.
     dense
-        Draw a gamma and a Poisson for every entry; default: anywhere but on a CPU, where both ways work, with other draws of the same law.
+        Draw a gamma and a Poisson for every entry, which anything but a CPU in single precision does anyway, and Poisson everywhere;
+        these are other draws of the same law.
 
     Returns
     -------
     Whole numbers as float32, shape ``(n, n_genes)``. A cell of no counts at all gets one, in its likeliest gene: no real cell
     is empty.
     """
-    log_mu = parameters.log_mu
-    every = log_mu.device.type != "cpu" if dense is None else dense
-    x = _draw_every_entry(parameters, generator) if every else _draw_counted(parameters, generator)
+    log_mu, log_r, *rest = parameters
+    if dense or log_r is None or not _walks(log_mu):
+        x = _draw_every_entry(parameters, generator)
+    else:
+        x = draw_counts_cpu(log_mu, log_r.expand_as(log_mu), *rest, generator=generator)
     empty = (x.sum(dim=1) == 0).nonzero().squeeze(1)
     x[empty, log_mu[empty].argmax(dim=1)] = 1.0
     return x
@@ -494,10 +386,9 @@ class CountAutoencoder(nn.Module):
 
     def loss(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Nats per count entry of a batch: likelihood, weighted divergence and the prior of the loadings; a scalar."""
-        stored = None if x.is_cuda else x.reshape(-1).nonzero().squeeze(1)
-        mean, log_var = self.round(x, stored)
+        mean, log_var = self.round(x)
         z = mean + torch.exp(0.5 * log_var) * (self.noise(len(x)).to(mean.device) if noise is None else noise)
-        nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()), stored=stored)
+        nll = count_nll(x, self.map(z, x.sum(dim=1, keepdim=True).log()))
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(dim=1)
         return ((nll + self.kl * kl).mean() + self.map.penalty(self.tau) / self.n_cells) / self.n_genes
 

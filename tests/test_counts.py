@@ -104,7 +104,7 @@ def test_probabilities_sum_to_one(seed, head, outliers):
 def test_draws_follow_the_distribution(head):
     p = random_parameters(1, 3, 5, head=head)
     p = p._replace(log_mu=torch.full((1, 3), 1.5, dtype=torch.double), outlier_mean=torch.full((3,), 1.5, dtype=torch.double))
-    many = CountParameters(*(None if part is None else part.expand(20_000, -1) if part.ndim == 2 else part for part in p))
+    many = CountParameters(*(None if part is None else part.float().expand(20_000, -1) if part.ndim == 2 else part.float() for part in p))
     x = draw_counts(many, generator=torch.Generator().manual_seed(0)).numpy()
     x = x[x.sum(1) > 1]                                      # cells that came out empty got a count
     assert (x == np.round(x)).all() and x.min() >= 0
@@ -152,9 +152,9 @@ def test_only_a_cpu_draws_by_inversion(monkeypatch):
         raise RuntimeError("a gamma for every entry")
 
     monkeypatch.setattr(counts_module, "_draw_every_entry", every)
-    assert draw_counts(CountParameters(torch.zeros(2, 3))).shape == (2, 3)
+    assert draw_counts(CountParameters(torch.zeros(2, 3), torch.zeros(2, 3))).shape == (2, 3)
     with pytest.raises(RuntimeError, match="a gamma for every entry"):
-        draw_counts(CountParameters(torch.zeros(2, 3, device="meta")))
+        draw_counts(CountParameters(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, device="meta")))
 
 
 def test_no_drawn_cell_is_empty_and_the_seed_decides():
