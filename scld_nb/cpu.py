@@ -317,6 +317,7 @@ def _nll_rows(part, first, last, x, log_mu, log_r, logit, body, height, fall, st
         for j in range(n):
             value[at[j]], d_mu[i, at[j]], d_r[i, at[j]] = body[at[j]] + cost[j], pull_mu[j], pull_r[j]
             if inflated:
+                value[at[j]] += ZERO * logit[i, at[j]]
                 d_logit[i, at[j]] = (ONE - shares[starts[i] + j]) * (ONE - other[j])
         nll[i] = _total(value)
 

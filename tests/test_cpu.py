@@ -105,12 +105,13 @@ def test_probabilities_sum_to_one(inflated):
 
 @pytest.mark.parametrize("spoiled", range(3))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_a_number_is_not_lost(spoiled, bad):
+@pytest.mark.parametrize("count", [0.0, 1.0, 40.0])
+def test_what_is_not_a_number_is_not_lost(spoiled, bad, count):
     """The limits of `exp32` must not make a finite loss of it; other cells keep theirs."""
-    own = [p.detach() for p in leaves(4, 9, 0)]
-    good = count_nll_cpu(torch.zeros(4, 9), *own)
+    own, x = [p.detach() for p in leaves(4, 9, 0)], torch.full((4, 9), count)
+    good = count_nll_cpu(x, *own)
     own[spoiled][2, 5] = bad
-    value = count_nll_cpu(torch.zeros(4, 9), *own)
+    value = count_nll_cpu(x, *own)
     assert not value[2].isfinite() and torch.equal(value[[0, 1, 3]], good[[0, 1, 3]])
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -339,15 +340,28 @@ def test_root_and_text_files(tmp_path):
     assert outside["commit"] is None and outside["dirty"] is None
 
 
-@pytest.mark.parametrize("parameter, message", [
-    (["-p", "datset", "x"], "unknown parameter datset; known: dataset, labels, layer, seed"),
-    (["-p", "dataset", "brain"], "unknown dataset 'brain'; known: pbmc68k_reduced, pbmc68k, brain_small"),
-    (["-p", "tables", "7"], "unknown value '7' in tables; known: 2, 3, 4, 5"),
-    (["-p", "budget", "long"], "unknown budget 'long'; known: equal, paper, or a number of training steps")])
-def test_the_front_door_refuses_what_it_does_not_know(parameter, message, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/reproduce.ipynb", str(tmp_path / "out.ipynb"), *parameter], cwd=ROOT,
+def test_the_front_door_refuses_what_it_does_not_know(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/reproduce.ipynb", str(tmp_path / "out.ipynb"), "-p", "datset", "x"], cwd=ROOT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr.replace("\n", "")
+    assert done.returncode == 1 and "unknown parameter datset; known: dataset, labels, layer, seed" in done.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize("parameter, message", [
+    ({"datset": "x"}, "unknown parameter datset; known: dataset, labels, layer, seed"),
+    ({"dataset": "brain"}, "unknown dataset 'brain'; known: pbmc68k_reduced, pbmc68k, brain_small"),
+    ({"tables": "7"}, "unknown value '7' in tables; known: 2, 3, 4, 5"),
+    ({"methods": "scld,gan"}, "unknown value 'gan' in methods; known: positive, random"),
+    ({"budget": "long"}, "unknown budget 'long'; known: equal, paper, or a number of training steps")])
+def test_the_first_cells_of_the_front_door_refuse_it_before_any_work(parameter, message, monkeypatch):
+    """The cells up to the one that reads the data, with the parameters in the place where papermill puts them."""
+    monkeypatch.delenv("IN_TEST", raising=False)
+    names = {}
+    with pytest.raises(InputError, match=message):
+        for cell in nbformat.read(ROOT / "nbs" / "reproduce.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                names |= parameter if "parameters" in cell.metadata.get("tags", []) else {}
+                assert "lines3" not in names
 
 
 def test_random_baseline_repeats_the_pool_and_checks_its_input(study):
