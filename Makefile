@@ -5,6 +5,7 @@
 # make lock        writes requirements.lock anew, from settings.ini and constraints.txt
 PYTHON  ?= python3
 DATASET ?= pbmc68k_reduced
+LONG    := $(addprefix tests/test_,reproduce.py docs.py jupyterlab.py faults.py experiments.py)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := Agg
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
@@ -28,7 +29,9 @@ test: .venv/installed
 	mypy
 	# two cores, two lanes that take about as long
 	$(MAKE) --no-print-directory -j2 literal notebooks
-	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --ignore tests/test_distributed.py --cov=scld_nb --cov-report=
+	# files with few and long tests first, so that neither core waits for them at the end
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(LONG) $(filter-out $(LONG) tests/test_distributed.py,$(wildcard tests/test_*.py)) \
+		--cov=scld_nb --cov-report=
 	# the one mostly waits, the other mostly downloads
 	$(MAKE) --no-print-directory -j2 processes unlocked
 	@echo "all checks passed"
