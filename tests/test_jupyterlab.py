@@ -75,11 +75,13 @@ class Lab:
             env=environment, cwd=self.work, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)  # fmt: skip
 
     def address(self) -> str | None:
-        """Its address, from the file that it writes once it listens."""
+        """Its address, from the file that it writes shortly before it listens, once somebody answers there."""
         assert self.process.poll() is None, self.said()
         for file in self.runtime.glob("jpserver-*.json"):
-            with suppress(ValueError):                         # half written
-                return json.loads(file.read_text())["url"]
+            with suppress(ValueError, ConnectionRefusedError):     # half written, or not listening yet
+                known = json.loads(file.read_text())
+                socket.create_connection(("127.0.0.1", known["port"]), LIMIT_S).close()
+                return known["url"]
         return None
 
     def saved(self):
