@@ -119,11 +119,13 @@ def note(path, text):
 
 
 def die_before_a_name(path, die_at):
-    """Count the files that get their name, and end before one of them does."""
+    """Count the files that get their name, and end before one of them does; numba's machine code, made only once, does not count."""
     original, count = os.replace, 0
 
     def replace(*args, **options):
         nonlocal count
+        if str(args[1]).endswith((".nbc", ".nbi")):
+            return original(*args, **options)
         count += 1
         if count == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
