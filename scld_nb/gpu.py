@@ -93,8 +93,9 @@ def blocks_on(reader: CellReader, device: torch.device, size: int = 1024, *, eve
             for first in range(0, part.shape[0], few):
                 yield torch.from_numpy(part[first:first + few].toarray()).to(device)
             continue
-        pointers, columns, values = (torch.from_numpy(a) for a in (part.indptr, part.indices, part.data))
-        yield torch.sparse_csr_tensor(pointers, columns, values, size=part.shape, check_invariants=False).to(device).to_dense()
+        entries, columns, values = (torch.from_numpy(a).to(device) for a in (np.diff(part.indptr).astype(np.int64), part.indices, part.data))
+        at = torch.repeat_interleave(entries, output_size=part.nnz) * reader.n_vars + columns
+        yield torch.zeros(part.shape, device=device).view(-1).scatter_add_(0, at, values).view(part.shape)
 
 # %% ../nbs/00_gpu.ipynb #c021
 def send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

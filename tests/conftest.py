@@ -17,8 +17,8 @@ import torch
 from hypothesis import settings
 
 # The same cases in every run, so that a red run is a change of the code; HYPOTHESIS_PROFILE=explore draws new ones.
-settings.register_profile("repeat", derandomize=True, database=None)
-settings.register_profile("explore", print_blob=True)
+settings.register_profile("repeat", derandomize=True, database=None, deadline=None)     # a GPU wakes up in the first case
+settings.register_profile("explore", print_blob=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 torch.set_num_threads(1)
