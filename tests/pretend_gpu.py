@@ -68,7 +68,7 @@ class Graph:
     """A recording: what to do, in order."""
 
     def __init__(self):
-        self.todo = []
+        self.todo, self.operations = [], 0                             # views are no operation of a GPU
 
     def replay(self) -> None:
         for again in self.todo:
@@ -92,6 +92,7 @@ class Stream:
     def wait_stream(self, _): ...
 
 
+waits: list[str] = []                                                  # why Python waited for the GPU, or the GPU for Python
 recording: list[Graph] = []                                            # the one in progress
 untouched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}           # memory that a recording wrote to, and what was there
 
@@ -122,6 +123,7 @@ def write_down(func, args, kwargs, outs) -> None:
                 old.copy_(new)
 
     recording[-1].todo.append(again)
+    recording[-1].operations += any(fresh) or bool(written(func, args))
 
 
 def written(func, args) -> list[torch.Tensor]:
@@ -143,6 +145,7 @@ def run(func, args, kwargs):
         looks = any(x.dtype == torch.bool for x in tensors[1:])
     if recording and (here or looks):
         raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+    waits.extend([name] if looks or any(not getattr(x, "pinned", False) for x in here) else [])
 
     def value(x):
         return x.elem if isinstance(x, There) else x.clone() if isinstance(x, torch.Tensor) and recording else x
@@ -179,6 +182,7 @@ class Travel(torch.autograd.Function):
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here to the end of the test there is a GPU."""
+    waits.clear()
     plain_to = torch.Tensor.to
 
     def to(self, *args, device=None, dtype=None, non_blocking=False, **options):
@@ -186,8 +190,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
             like = isinstance(a, torch.Tensor)
             device = a.device if like else a if isinstance(a, (str, torch.device)) else device
             dtype = a.dtype if like else a if isinstance(a, torch.dtype) else dtype
-        moved = Travel.apply(self) if device is not None and over_there(device) != isinstance(self, There) else self
+        travels = device is not None and over_there(device) != isinstance(self, There)
+        waits.extend(["to"] if travels and not (getattr(self, "pinned", False) and non_blocking) else [])
+        moved = Travel.apply(self) if travels else self
         return plain_to(moved, dtype=dtype, **options) if dtype is not None or options else moved
+
+    def pin_memory(self):
+        kept = self.clone()
+        kept.pinned = True
+        return kept
 
     def factory(make):
         @functools.wraps(make)
@@ -217,10 +228,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
                            "graph": record, "get_rng_state": lambda *_: torch.get_rng_state()}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", lambda _, **options: autocast("cpu", **options))
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda x, n=-1: There(one_hot(x.elem, n)) if isinstance(x, There) else one_hot(x, n))
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     monkeypatch.setattr(adam, "_group_tensors_by_device_and_dtype", staticmethod(by_place(adam._group_tensors_by_device_and_dtype)))
+    monkeypatch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: True)
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", by_place(clip_grad._group_tensors_by_device_and_dtype))

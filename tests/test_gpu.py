@@ -200,7 +200,7 @@ def test_draws_of_algorithm_1():
 def test_replays_are_calls_with_new_inputs_and_seeds():
     """Dropout included: a replay draws with the seed that is set when it is asked for."""
     model = noisy().to(CUDA)
-    plain, recorded = Recorded(lambda x: model(x).sum(), CUDA, usual=None), Recorded(lambda x: model(x).sum(), CUDA)
+    plain, recorded = Recorded(lambda x: model(x).sum().detach(), CUDA, usual=None), Recorded(lambda x: model(x).sum().detach(), CUDA)
     found = {}
     for name, function in (("plain", plain), ("recorded", recorded)):
         found[name] = []
@@ -280,6 +280,38 @@ def test_all_that_a_model_can_do(head, where, tmp_path, tiny):
     again = SCLD.load(model.save(tmp_path / "model"), device="cuda")
     for options in ({}, {"keep": 0.8}, {"label": "B", "omega": 2.0}):
         assert (model.sample(30, progress=False, **options).X != again.sample(30, progress=False, **options).X).nnz == 0
+
+
+@pytest.mark.skipif(IS_REAL, reason="counted on a pretended GPU")
+@needs_gpu
+@pytest.mark.parametrize("head", ["zinb", "mse"])
+def test_a_step_does_not_wait(head, tiny, monkeypatch):
+    """In 200 more steps of a stage, nobody waits but for the two times that the losses are read."""
+    def counting(*args, **kwargs):
+        before = len(pretend_gpu.waits)
+        result = fit(*args, **kwargs)
+        found.append(len(pretend_gpu.waits) - before)
+        return result
+
+    found = []
+    monkeypatch.setattr(training, "fit", counting)
+    for steps in (100, 300):
+        SCLD(planted_cells(), "cell_type", device="cuda", **(tiny | {"head": head})).train(steps, ae_steps=steps, progress=False)
+    assert len(found) == 4 and found[2] - found[0] == found[3] - found[1] == 2 and min(found) >= 1, found
+
+
+@pytest.mark.skipif(IS_REAL, reason="counted on a pretended GPU")
+@needs_gpu
+def test_a_step_asks_for_few_things(monkeypatch):
+    """Each operation costs a few µs on a GPU, whatever its size (benchmarks/README.md has the sums); views cost nothing."""
+    def graph(made, **options):
+        graphs.append(made)
+        return record(made, **options)
+
+    graphs, record = [], torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    SCLD(planted_cells(), "cell_type", device="cuda").train(4, ae_steps=4, progress=False)
+    assert [g.operations for g in graphs] == [pytest.approx(311, abs=30), pytest.approx(291, abs=30)]
 
 
 @needs_gpu
