@@ -6,6 +6,8 @@
 PYTHON  ?= python3
 DATASET ?= pbmc68k_reduced
 LONG    := $(addprefix tests/test_,reproduce.py docs.py jupyterlab.py faults.py experiments.py)
+# any name but /bin/sh: older makes, such as that of macOS, would look for simple commands in the PATH they were started with
+SHELL := /bin//sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := Agg
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check

@@ -329,7 +329,7 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
     parameters
         What `CountMap` returns.
     generator
-        Source of randomness, on the device of the parameters.
+        Source of randomness, on the device of the parameters, or on the CPU for Apple's GPUs, which have no such draws.
     dense
         Draw a gamma and a Poisson for every entry, which anything but a CPU in single precision does anyway, and Poisson everywhere;
         these are other draws of the same law.
@@ -340,6 +340,9 @@ def draw_counts(parameters: CountParameters, *, generator: torch.Generator | Non
     is empty.
     """
     log_mu, log_r, *rest = parameters
+    if log_mu.device.type == "mps":
+        here = CountParameters(log_mu.cpu(), *(None if p is None else p.cpu() for p in parameters[1:]))
+        return draw_counts(here, generator=generator, dense=dense).to(log_mu.device)
     if dense or log_r is None or not _walks(log_mu):
         x = _draw_every_entry(parameters, generator)
     else:
@@ -440,8 +443,8 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
         for x in blocks_on(reader, device, size, every=-(-reader.n_obs // most)):
             mean, log_var = autoencoder.round(x)
             z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator).to(device)
-            counted += x.sum(0).double().cpu()
-            expected += expected_counts(autoencoder.map(z, x.sum(dim=1, keepdim=True).log())).sum(0).double().cpu()
+            counted += x.sum(0).cpu()
+            expected += expected_counts(autoencoder.map(z, x.sum(dim=1, keepdim=True).log())).sum(0).cpu()
         step = torch.log((counted + 1.0) / (expected + 1.0)).clamp(-0.5, 0.5).float()
         autoencoder.map.mean.bias.add_(step.to(device))
     return step

@@ -14,7 +14,6 @@ __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', '
 # %% ../nbs/30_experiments.ipynb #c002
 import json
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -45,6 +44,11 @@ from .plots import paper_vs_ours, save_figure, training_times
 from .scorer import keep_top, n_to_generate
 from .training import TrainingError
 from .suite import variable_genes as variable_genes_of
+
+try:
+    import resource
+except ImportError:
+    resource = None                                           # type: ignore[assignment]  # Windows
 
 # %% ../nbs/30_experiments.ipynb #c006
 def project_root(start: str | Path | None = None) -> Path:
@@ -112,7 +116,7 @@ def provenance(device: torch.device | str = "cpu", *, root: str | Path | None = 
         "python": platform.python_version(), "packages": {name: installed(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if cuda else device.type, "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(), "platform": platform.machine(),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30, 3),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30, 3) if resource else None,
         "peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if cuda else None,
     }
 

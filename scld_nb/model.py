@@ -577,7 +577,7 @@ class _Draws(_Parts):
 
         Counts are drawn on the device of the latents, so that another kind of device gives other draws of the same cells.
         """
-        generator = torch.Generator(z.device).manual_seed(seed)
+        generator = torch.Generator("cpu" if z.device.type == "mps" else z.device).manual_seed(seed)
         most = math.log1p(TARGET_SUM) if self.config.transform == "log1p" else TARGET_SUM
         for part in z.split(rows_at_once(len(self.genes), z.device, most=len(z))):
             if isinstance(self.autoencoder, CountAutoencoder):

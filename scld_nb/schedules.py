@@ -57,8 +57,8 @@ class Schedule:
             raise InputError(f"{len(self.timesteps)} timesteps for {len(self.betas)} betas; give one per beta")
 
     def to(self, device: torch.device | str) -> "Schedule":
-        """The same schedule with its tables on a device."""
-        return Schedule(self.betas.to(device), self.timesteps.to(device))
+        """The same schedule with its tables on a device; Apple's GPUs do not know float64, so for them it stays where it is."""
+        return self if torch.device(device).type == "mps" else Schedule(self.betas.to(device), self.timesteps.to(device))
 
     @property
     def T(self) -> int:
@@ -105,8 +105,9 @@ class Schedule:
         -------
         Noised latents, shape ``(n, d)`` (line 7 of Algorithm 1).
         """
-        a = self.alpha_bar.to(device=t.device)[t].unsqueeze(-1)
-        return a.sqrt().to(z0.dtype) * z0 + (1.0 - a).sqrt().to(z0.dtype) * eps
+        a = self.alpha_bar
+        signal, noise = (share.sqrt().to(z0.dtype).to(t.device)[t].unsqueeze(-1) for share in (a, 1.0 - a))
+        return signal * z0 + noise * eps
 
     def predict_z0(self, z_t: torch.Tensor, t: int, eps: torch.Tensor) -> torch.Tensor:
         r"""Solve the closed form for the clean latent: $(z_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$.

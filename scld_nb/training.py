@@ -48,7 +48,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to run on; ``"auto"`` prefers cuda, then mps, then the CPU.
+    """The device to run on; ``"auto"`` is cuda if it is there, else the CPU.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return team.device
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if present[name]))
+        return torch.device("cuda" if present["cuda"] else "cpu")
     kind = str(device).split(":")[0]
     if kind not in present:
         raise InputError(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
@@ -798,7 +798,7 @@ def diffusion_loss(denoiser: Denoiser, schedule: Schedule, z0: torch.Tensor, lab
     k = torch.where(to_global, torch.full_like(labels, denoiser.n_clusters), labels)
     z_t = schedule.q_sample(z0, t, eps)
     prediction, at = getattr(denoiser, "prediction", "eps"), schedule.timesteps.to(t.device)[t]
-    a = schedule.alpha_bar.to(t.device)[t].unsqueeze(-1).to(z0.dtype)
+    a = schedule.alpha_bar.to(z0.dtype).to(t.device)[t].unsqueeze(-1)
     if prediction == "eps":
         out, target = denoiser(z_t, at, k), eps
     else:

@@ -8,13 +8,16 @@ CPU. Kernels, rounding, memory and speed of a real one cannot be seen here.
 
 import contextlib
 import functools
+import sys
 
 import pytest
 import torch
 from torch.nn.utils import clip_grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps", 0)
+NOT_ON_MPS = ("poisson", "_standard_gamma")
+place = CUDA                                                           # where tensors say they are
 FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm",
              "empty_strided", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 ANSWERS = {"is_available": True, "device_count": 1, "current_device": 0, "mem_get_info": (2**36, 2**36), "get_device_name": "a pretended GPU",
@@ -23,8 +26,8 @@ ANSWERS = {"is_available": True, "device_count": 1, "current_device": 0, "mem_ge
 
 
 def over_there(device: object) -> bool:
-    """Whether a device or its name is a GPU."""
-    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+    """Whether a device or its name is the GPU."""
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == place.type
 
 
 class There(torch.Tensor):
@@ -34,12 +37,14 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor):
+        if place == MPS and elem.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         made = torch.Tensor._make_wrapper_subclass(cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype)
         made.elem = elem
         return made
 
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
+    device = property(lambda self: place)
+    is_cuda = property(lambda self: place == CUDA)
     is_cpu = property(lambda self: False)
 
     def cpu(self, *_, **__):
@@ -112,6 +117,10 @@ def record(graph: Graph, **_):
         torch.set_rng_state(state)
 
 
+STAND_INS = {"Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": record,
+             "get_rng_state": lambda *_: torch.get_rng_state()}
+
+
 def write_down(func, args, kwargs, outs) -> None:
     """Results of a replay go where those of the recording lie; views lie there already."""
     fresh = [r.alias_info is None for r in func._schema.returns] if hasattr(func, "_schema") else [True]
@@ -135,6 +144,8 @@ def written(func, args) -> list[torch.Tensor]:
 def run(func, args, kwargs):
     """One operation, with at least one tensor of the pretended GPU."""
     name, asked = func.overloadpacket.__name__, tree_flatten((args, kwargs))[0]
+    if place == MPS and name in NOT_ON_MPS:
+        raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device")
     tensors = [x for x in asked if isinstance(x, torch.Tensor)]
     here = [x for x in tensors if not isinstance(x, There) and x.dim() > 0]
     indexed = "index" in name and isinstance(args[0], There)           # tensors over there take indices from here
@@ -180,8 +191,9 @@ class Travel(torch.autograd.Function):
         return There(slope) if ctx.back else slope.elem
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here to the end of the test there is a GPU."""
+def pretend(monkeypatch: pytest.MonkeyPatch, kind: torch.device = CUDA) -> None:
+    """From here to the end of the test there is a GPU: NVIDIA's, or Apple's, which lacks float64 and some draws, and records nothing."""
+    monkeypatch.setattr(sys.modules[__name__], "place", kind)
     waits.clear()
     plain_to = torch.Tensor.to
 
@@ -216,17 +228,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     def by_place(group):
-        return lambda *args, **kwargs: {(CUDA if isinstance(found[0][0][0], There) else place, kind): found
-                                        for (place, kind), found in group(*args, **kwargs).items()}
+        return lambda *args, **kwargs: {(place if isinstance(found[0][0][0], There) else at, kind): found
+                                        for (at, kind), found in group(*args, **kwargs).items()}
 
     one_hot, autocast, adam = torch.nn.functional.one_hot, torch.autocast, torch.optim.Optimizer
     for name in FACTORIES:
         monkeypatch.setattr(torch, name, factory(getattr(torch, name)))
-    for name, answer in ANSWERS.items():
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == MPS)
+    for name, answer in (ANSWERS if kind == CUDA else {}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for name, stand_in in {"Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph,
-                           "graph": record, "get_rng_state": lambda *_: torch.get_rng_state()}.items():
+    for name, stand_in in (STAND_INS if kind == CUDA else {}).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "Generator", Generator)

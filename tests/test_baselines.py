@@ -210,6 +210,10 @@ def test_weights_are_counted(cells):
 
 def test_memory_is_that_of_the_system_or_of_the_container(tmp_path, monkeypatch):
     assert 2**20 < base.free_memory() < 2**50
+    with monkeypatch.context() as mac:                         # it does not know how much is free, and nothing is refused
+        mac.setattr(base.os, "sysconf_names", {"SC_PAGE_SIZE": 29})
+        mac.setattr(base, "Path", lambda _: tmp_path / "not there")
+        assert base.free_memory() == 2**63
     monkeypatch.setattr(base, "free_memory", lambda: 2**30)
     base.require_memory(2.0**29, "it", "x")
     with pytest.raises(InputError, match="it needs about 2.0 GiB of memory, 1.0 GiB are free; x"):

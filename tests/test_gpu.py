@@ -22,14 +22,15 @@ from scld_nb.training import diffusion_draws, fit, train_autoencoder
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 IS_REAL = torch.cuda.is_available()
-needs_gpu = pytest.mark.gpu
+needs_gpu, needs_apple = pytest.mark.gpu, pytest.mark.gpu(pretend_gpu.MPS)
 DEVICES = [CPU, pytest.param(CUDA, marks=needs_gpu)]
 
 
 @pytest.fixture(autouse=True)
 def gpu_if_needed(request, monkeypatch):
-    if request.node.get_closest_marker("gpu") and not IS_REAL:
-        pretend_gpu.pretend(monkeypatch)
+    marker = request.node.get_closest_marker("gpu")
+    if marker and not (torch.backends.mps.is_available() if marker.args else IS_REAL):
+        pretend_gpu.pretend(monkeypatch, *marker.args)
 
 
 def counts(n: int = 300, genes: int = 40, seed: int = 0) -> sp.csr_matrix:
@@ -263,23 +264,31 @@ def test_a_model_on_the_gpu(options, tmp_path):
     assert np.corrcoef(np.asarray(cells.X.mean(0)).ravel(), np.asarray(there.X.mean(0)).ravel())[0, 1] > 0.97
 
 
-@needs_gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu), pytest.param("mps", marks=needs_apple)])
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("head", ["zinb", "mse"])
-def test_all_that_a_model_can_do(head, where, tmp_path, tiny):
+def test_all_that_a_model_can_do(head, where, device, tmp_path, tiny):
     """Cells from memory or from disk; every sampler, a label, guidance, the Scorer; and what came out lies on the CPU."""
     cells = planted_cells()
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    model = SCLD(cells if where == "memory" else tmp_path / "cells.h5ad", "cell_type", device="cuda", **(tiny | {"head": head}))
+    model = SCLD(cells if where == "memory" else tmp_path / "cells.h5ad", "cell_type", device=device, **(tiny | {"head": head}))
     model.train(120, ae_steps=120, progress=False)
     for sampler in SAMPLERS:
         drawn = model.sample(25, sampler=sampler, sampling_steps=5, progress=False)
         assert drawn.n_obs == 25 and np.isfinite(drawn.X.data).all(), sampler
     assert set(model.sample(20, label="NK", omega=1.0, keep=0.8, progress=False).obs["cell_type"]) == {"NK"}
     assert model.get_latent_representation(cells).shape[0] == model.reconstruct(cells).n_obs == cells.n_obs
-    again = SCLD.load(model.save(tmp_path / "model"), device="cuda")
+    again = SCLD.load(model.save(tmp_path / "model"), device=device)
     for options in ({}, {"keep": 0.8}, {"label": "B", "omega": 2.0}):
         assert (model.sample(30, progress=False, **options).X != again.sample(30, progress=False, **options).X).nnz == 0
+
+
+@needs_apple
+@pytest.mark.parametrize("options", [{"head": "nb"}, {"head": "poisson"}, {"dispersion": "gene"}, {"min_snr": 5.0}, {"prediction": "eps"}])
+def test_settings_on_an_apple(options):
+    """Single precision alone, and no draws of counts there; nobody gets it without asking."""
+    model = SCLD(planted_cells(), "cell_type", device="mps", **options).train(8, ae_steps=8, progress=False)
+    assert model.sample(20, progress=False).n_obs == 20 and training.resolve_device("auto").type != "mps"
 
 
 @pytest.mark.skipif(IS_REAL, reason="counted on a pretended GPU")
@@ -314,11 +323,11 @@ def test_a_step_asks_for_few_things(monkeypatch):
     assert [g.operations for g in graphs] == [pytest.approx(311, abs=30), pytest.approx(291, abs=30)]
 
 
-@needs_gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu), pytest.param("mps", marks=needs_apple)])
 @pytest.mark.parametrize("name", ["scgan", "cscgan", "activa", "scigans"])
-def test_competitors_on_the_gpu(name):
-    baseline = make_baseline(name, steps=10, device="cuda", progress=False)
-    assert baseline.fit(planted_cells(), "cell_type").sample(20).n_obs == 20 and baseline.device.type == "cuda"
+def test_competitors_on_the_gpu(name, device):
+    baseline = make_baseline(name, steps=10, device=device, progress=False)
+    assert baseline.fit(planted_cells(), "cell_type").sample(20).n_obs == 20 and baseline.device.type == device
 
 
 @needs_gpu

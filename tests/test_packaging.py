@@ -81,6 +81,20 @@ def test_importing_the_package_does_not_import_torch_and_the_names_are_there():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_module_can_be_imported_where_windows_lacks_one():
+    code = """
+import importlib, pkgutil, sys
+import torch, scanpy, numba, sklearn, typer, safetensors
+sys.modules.update(dict.fromkeys(["fcntl", "resource", "termios", "pwd", "grp"]))
+import scld_nb
+for module in pkgutil.walk_packages(scld_nb.__path__, "scld_nb."):
+    importlib.import_module(module.name)
+from scld_nb.experiments import provenance
+assert provenance()["peak_memory_gib"] is None
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
 def test_exported_modules_import_neither_nbdev_nor_fastcore():
     for file in (ROOT / "scld_nb").rglob("*.py"):
         if file.name != "_modidx.py":

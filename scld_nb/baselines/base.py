@@ -25,7 +25,8 @@ from ..training import TrainingError, counter_seed, progress_bar, resolve_device
 # %% ../../nbs/20_baselines.base.ipynb #c007
 def free_memory() -> int:
     """Bytes of memory that this process may still take, as far as the system tells; the limit of a container counts."""
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")] if hasattr(os, "sysconf") else []
+    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # neither macOS nor Windows knows it
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")] if known else []
     meminfo, limit, used = (Path(p) for p in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
     if meminfo.exists():                                # counts what the system can give back, unlike the figure above
         free = [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
