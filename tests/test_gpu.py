@@ -272,7 +272,7 @@ def test_all_that_a_model_can_do(head, where, device, tmp_path, tiny):
     cells = planted_cells()
     cells.write_h5ad(tmp_path / "cells.h5ad")
     model = SCLD(cells if where == "memory" else tmp_path / "cells.h5ad", "cell_type", device=device, **(tiny | {"head": head}))
-    model.train(120, ae_steps=120, progress=False)
+    model.train(30, ae_steps=30, progress=False)
     for sampler in SAMPLERS:
         drawn = model.sample(25, sampler=sampler, sampling_steps=5, progress=False)
         assert drawn.n_obs == 25 and np.isfinite(drawn.X.data).all(), sampler

@@ -95,7 +95,7 @@ def meta_of(path: Path) -> dict:
 
 def test_resolve_device(monkeypatch):
     assert resolve_device("cpu") == CPU and resolve_device(torch.device("meta")).type == "meta"
-    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "cpu"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -104,6 +104,8 @@ def test_resolve_device(monkeypatch):
             assert resolve_device("cuda:0") == torch.device("cuda:0")
             with pytest.raises(InputError, match="device 'cuda:3' is not available here; use 'auto' or 'cpu'"):
                 resolve_device("cuda:3")
+        if mps:
+            assert resolve_device("mps").type == "mps"                 # Apple's GPU when it is asked for
     for name in ("cuda", "mps", "cuda:1"):
         with pytest.raises(InputError, match=f"device '{name}' is not available here"):
             resolve_device(name)
