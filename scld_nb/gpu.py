@@ -167,9 +167,9 @@ class Recorded:
 
     def _record(self, inputs: Sequence[torch.Tensor]) -> None:
         self._inputs = [torch.zeros_like(x, device=self.device) for x in inputs]
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):                    # nothing is computed here
+        graph, side = torch.cuda.CUDAGraph(), self._side or torch.cuda.Stream(self.device)
+        try:                                                 # on this device, which need not be the current one; nothing is computed
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
                 self._out = self.work(*self._inputs)
         except RuntimeError as error:
             raise RuntimeError("this GPU or driver cannot record the work as a CUDA graph; start again with SCLD_CUDA_GRAPHS=0 in the environment") from error

@@ -49,9 +49,11 @@ from scld_nb.training import (
     FitResult,
     checkpoint_facts,
     counter_seed,
+    kept_generators,
     progress_bar,
     reduced_precision,
     resolve_device,
+    seed_generators,
     train_autoencoder,
     train_denoiser,
 )
@@ -496,8 +498,9 @@ class _Parts:
         """Make the networks; initial weights are a function of the seed."""
         c, n_genes = self.config, len(self.genes)
         self.schedule = linear_schedule(c.T, beta_1=c.beta_1, beta_T=c.beta_T)
-        with torch.random.fork_rng():
-            torch.manual_seed(counter_seed(self.seed, "init"))
+        cpu = torch.device("cpu")
+        with kept_generators(cpu):
+            seed_generators(counter_seed(self.seed, "init"), cpu)
             self.autoencoder = self._make_autoencoder(means, counts).to(self.device)
             self.denoiser = Denoiser(
                 torch.from_numpy(means),
@@ -1132,8 +1135,9 @@ class _Learns(_SamplesInChunks):
         k = self._conditions(n, None, 0.0, seed)
         k[: n // 2 if self.config.pre_guidance else n] = len(self.labels)
         fake, _ = self._generate(k, 0.0, seed=seed, steps=steps, show=progress, desc="cells for the scorer")
-        with torch.random.fork_rng():
-            torch.manual_seed(counter_seed(self.seed, "scorer-init"))
+        cpu = torch.device("cpu")
+        with kept_generators(cpu):
+            seed_generators(counter_seed(self.seed, "scorer-init"), cpu)
             self.scorer = Scorer(len(self.genes)).to(self.device)
 
         def learn() -> dict:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'BLOCK', 'BUFFER', 'BUFFER_BYTES', 'LR_SCHEDULES', 'resolve_device', 'reduced_precision',
-           'progress_bar', 'counter_seed', 'batch_rows', 'BlockShuffle', 'minibatches', 'TrainingError', 'FitResult',
-           'save_checkpoint', 'checkpoint_facts', 'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit',
-           'train_autoencoder', 'diffusion_draws', 'diffusion_loss', 'train_denoiser']
+           'progress_bar', 'counter_seed', 'seed_generators', 'kept_generators', 'batch_rows', 'BlockShuffle',
+           'minibatches', 'TrainingError', 'FitResult', 'save_checkpoint', 'checkpoint_facts', 'load_checkpoint',
+           'stop_on_sigterm', 'stop_on_ctrl_c', 'fit', 'train_autoencoder', 'diffusion_draws', 'diffusion_loss',
+           'train_denoiser']
 
 # %% ../nbs/05_training.ipynb #c002
 import json
@@ -160,6 +161,23 @@ def counter_seed(seed: int, *counters: int | str) -> int:
     for c in counters:
         words.extend(c.encode() if isinstance(c, str) else [c & 0xFFFFFFFF, c >> 32])
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+# %% ../nbs/05_training.ipynb #c016b
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Set the global generators of the CPU and of a device; the numbers are those after `torch.manual_seed`."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Afterwards the global generators of the CPU and of an NVIDIA GPU are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 # %% ../nbs/05_training.ipynb #c018
 @lru_cache(maxsize=2)
@@ -649,7 +667,7 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     behind, share = torch.zeros((), device=device), 0.0      # weight of a step in the average, for a recorded step and for others
     recorded = Recorded(update, device, usual=3 if team.size == 1 else None)
     model.train()
-    with progress_bar(steps, stage, show=show) as bar, torch.random.fork_rng(), stop_on_sigterm(terminated), \
+    with progress_bar(steps, stage, show=show) as bar, kept_generators(device), stop_on_sigterm(terminated), \
             stop_on_ctrl_c(ctrl_c, echo_s=5.0 if team.size > 1 else 0.0), reduced_precision(device, precision):
         bar.update(min(start, steps))
         try:
@@ -659,7 +677,7 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
                 if step >= steps or terminate or interrupt or spent >= 1.0:
                     break
                 answer = team.ask(wish)
-                torch.manual_seed(counter_seed(seed, stage, step))
+                seed_generators(counter_seed(seed, stage, step), device)
                 rate, share = _learning_rate(lr, lr_schedule, max(step, int(spent * steps)), steps), 1.0 - min(ema or 1.0, (1 + step) / (10 + step))
                 if cuda:                             # at their places in memory, where a recorded step reads them
                     optimizer.param_groups[0]["lr"].fill_(rate)

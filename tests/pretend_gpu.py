@@ -15,12 +15,12 @@ import torch
 from torch.nn.utils import clip_grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps", 0)
+CPU, CUDA, SECOND, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1), torch.device("mps", 0)
 NOT_ON_MPS = ("poisson", "_standard_gamma")
 place = CUDA                                                           # where tensors say they are
 FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm",
              "empty_strided", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
-ANSWERS = {"is_available": True, "device_count": 1, "current_device": 0, "mem_get_info": (2**36, 2**36), "get_device_name": "a pretended GPU",
+ANSWERS = {"is_available": True, "device_count": 2, "current_device": 0, "mem_get_info": (2**36, 2**36), "get_device_name": "a pretended GPU",
            "max_memory_allocated": 0, "synchronize": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,
            "is_bf16_supported": True, "is_current_stream_capturing": False}
 
@@ -44,7 +44,7 @@ class There(torch.Tensor):
         return made
 
     device = property(lambda self: place)
-    is_cuda = property(lambda self: place == CUDA)
+    is_cuda = property(lambda self: place.type == "cuda")
     is_cpu = property(lambda self: False)
 
     def cpu(self, *_, **__):
@@ -92,19 +92,32 @@ class Generator(torch.Generator):
 class Stream:
     """All work is done in the order in which it is asked for."""
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, device=None):
+        self.device = torch.device("cuda", current[-1] if device is None or device.index is None else device.index)
 
     def wait_stream(self, _): ...
 
 
+@contextlib.contextmanager
+def current_device(device):
+    current.append(device.index or 0)
+    try:
+        yield
+    finally:
+        current.pop()
+
+
 waits: list[str] = []                                                  # why Python waited for the GPU, or the GPU for Python
+current: list[int] = [0]                                               # number of the GPU that is meant where none is named
 recording: list[Graph] = []                                            # the one in progress
 untouched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}           # memory that a recording wrote to, and what was there
 
 
 @contextlib.contextmanager
-def record(graph: Graph, **_):
+def record(graph: Graph, stream: Stream | None = None):
     """Stands for `torch.cuda.graph`: afterwards all is as if nothing had been computed."""
+    if {(stream or Stream()).device.index, current[-1]} != {place.index}:
+        raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
     state = torch.get_rng_state()
     recording.append(graph)
     try:
@@ -117,7 +130,7 @@ def record(graph: Graph, **_):
         torch.set_rng_state(state)
 
 
-STAND_INS = {"Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": record,
+STAND_INS = {"Stream": Stream, "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": record, "device": current_device,
              "get_rng_state": lambda *_: torch.get_rng_state()}
 
 
@@ -235,9 +248,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kind: torch.device = CUDA) -> None:
     for name in FACTORIES:
         monkeypatch.setattr(torch, name, factory(getattr(torch, name)))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == MPS)
-    for name, answer in (ANSWERS if kind == CUDA else {}).items():
+    for name, answer in ({} if kind == MPS else ANSWERS).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for name, stand_in in (STAND_INS if kind == CUDA else {}).items():
+    for name, stand_in in ({} if kind == MPS else STAND_INS).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.mps, "manual_seed", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "to", to)

@@ -29,7 +29,8 @@ DEVICES = [CPU, pytest.param(CUDA, marks=needs_gpu)]
 @pytest.fixture(autouse=True)
 def gpu_if_needed(request, monkeypatch):
     marker = request.node.get_closest_marker("gpu")
-    if marker and not (torch.backends.mps.is_available() if marker.args else IS_REAL):
+    there = {(): IS_REAL, (pretend_gpu.SECOND,): torch.cuda.device_count() > 1, (pretend_gpu.MPS,): torch.backends.mps.is_available()}
+    if marker and not there[marker.args]:
         pretend_gpu.pretend(monkeypatch, *marker.args)
 
 
@@ -174,12 +175,14 @@ def test_recording_can_be_switched_off(monkeypatch):
 
 def test_a_recording_that_fails_is_told_with_the_mend(monkeypatch):
     class Fails:
-        def __init__(self, graph): ...
+        def __init__(self, graph, stream): ...
         def __enter__(self):
             raise RuntimeError("operation not permitted when stream is capturing")
         def __exit__(self, *_): ...
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", pretend_gpu.Stream)
+    monkeypatch.setattr(torch.cuda, "device", pretend_gpu.current_device)
     monkeypatch.setattr(torch.cuda, "graph", Fails)
     with pytest.raises(RuntimeError, match="SCLD_CUDA_GRAPHS=0"):
         Recorded(torch.sum, CUDA)._record([])
@@ -216,6 +219,14 @@ def test_replays_are_calls_with_new_inputs_and_seeds():
 def test_a_recorded_fit_is_the_plain_one():
     whole, halves = fitted(CUDA, halves=False, steps=250), fitted(CUDA, halves=True, steps=250)
     assert torch.allclose(whole[0], halves[0], atol=1e-5) and whole[1].losses == pytest.approx(halves[1].losses, rel=1e-4)
+
+
+@pytest.mark.gpu(pretend_gpu.SECOND)
+@pytest.mark.filterwarnings("error")
+def test_a_recorded_fit_on_the_second_gpu():
+    """Which is not the current device; a recording of the wrong one would be empty, or fail. Nobody else's GPU is touched."""
+    here, there = fitted(CPU, halves=True), fitted(torch.device("cuda:1"), halves=True)
+    assert IS_REAL or (torch.allclose(here[0], there[0], atol=1e-5) and torch.cuda.current_device() == 0)
 
 
 @needs_gpu
