@@ -233,7 +233,7 @@ def picture(scale: dict, path: Path) -> None:
     for name in ("open", "autoencoder", "latents", "denoiser"):
         axis.plot([r["cells"] for r in scale["sizes"]], [r["stages"][name]["us_per_cell"] for r in scale["sizes"]], "o-", ms=4, label=name)
     axis.set(xscale="log", yscale="log", xlabel="cells in the file", ylabel="µs per cell")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
