@@ -1,5 +1,7 @@
 """Cells on a device, recorded steps and the sparse way back: against scipy, against plain calls, and on a GPU, a pretended one where there is none."""
 
+import json
+
 import numpy as np
 import pretend_gpu
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scld_nb import SCLD, data, gpu, training
+from scld_nb import experiments as ex
 from scld_nb.baselines import make_baseline
 from scld_nb.counts import CountAutoencoder, CountMap, CountParameters, count_nll
 from scld_nb.data import CellReader
@@ -342,6 +345,18 @@ def test_competitors_on_the_gpu(name, device):
 
 
 @needs_gpu
+def test_tables_and_figure_on_the_gpu(tmp_path):
+    """What `papermill nbs/reproduce.ipynb` calls: models of every fusion, competitors, their Scorers; results say where they come from."""
+    study = ex.Study(seeds=(0,), root=tmp_path, device="cuda", T=12, widths=(16, 8), hidden=16, latent=16, e_width=16, steps=5, n_trees=4, budget=2,
+                     sampling_steps=3, progress=False)
+    lines = ex.table3(study, methods=["positive", "scgan", "scgan+scorer", "reconstruction", "scld_both", "scld_counts_post"])
+    assert lines["value"].notna().all() and lines["method"].nunique() == 6
+    assert set(ex.table4(study)["method"]) >= {"add", "cat"} and len(ex.table5(study, methods=["scld_both"])) > 0
+    record = json.loads((study.results / "table3" / "scld_both-seed0.json").read_text())
+    assert record["provenance"]["device"] == torch.cuda.get_device_name(0) and record["provenance"]["peak_gpu_memory_gib"] is not None
+
+
+@needs_gpu
 def test_the_gpu_benchmark(tmp_path, capsys):
     few = ["--cells", "200", "--genes", "60", "--turns", "1", "--steps", "4", "--warm-steps", "5", "--cells-drawn", "40", "--denoiser-steps", "6", "--ae-steps", "6"]
     assert benchmark_script("speed").main(["--parts", "training", "whole", *few, "--draw", "90", "--device", "cuda", "--root", str(tmp_path)]) == 0
@@ -365,6 +380,7 @@ def test_mistakes_are_found(mistake, message):
         mistake(torch.ones(3).to("cuda"))
 
 
+@pytest.mark.skipif(IS_REAL, reason="recordings that fail can leave a real one in disorder")
 @needs_gpu
 @pytest.mark.parametrize("look", [lambda x: float(x.sum()), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.cpu(), lambda x: x.add_(torch.ones(3).to("cuda"))])
 def test_looking_while_recording_is_found(look):
