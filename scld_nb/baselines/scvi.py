@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 
 from .base import Baseline, require_memory
 from ..data import InputError
-from ..training import counter_seed
+from ..training import counter_seed, kept_generators
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c007
 def _import_scvi():
@@ -84,10 +84,10 @@ def draw_mixture(mixture: tuple[np.ndarray, np.ndarray, np.ndarray], n: int, rng
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c020
 @contextmanager
-def _global_seed(seed: int):
+def _global_seed(seed: int, device: torch.device):
     "Global random states set from a seed, and put back; scvi-tools knows no other."
     state, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with kept_generators(device):
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
@@ -178,7 +178,7 @@ class ScVI(Baseline):
                        "use fewer genes")
         seed, steps = counter_seed(self.seed, "scvi", "train"), self.steps or self.steps_published(n_cells)
         epochs = -(-steps // self._steps_per_epoch(n_cells))
-        with _quiet(), _global_seed(seed):
+        with _quiet(), _global_seed(seed, self.device):
             cells = ad.AnnData(counts, obs=pd.DataFrame(index=[str(i) for i in range(n_cells)]), var=pd.DataFrame(index=self.genes))
             scvi.model.SCVI.setup_anndata(cells)
             self.model = scvi.model.SCVI(cells, n_latent=self.n_latent, n_hidden=self.n_hidden, n_layers=self.n_layers, gene_likelihood="nb")
@@ -220,7 +220,7 @@ class ScVI(Baseline):
         px = module.generative(z=torch.tensor(z, **as_tensor), library=torch.tensor(np.log(totals)[:, None], **as_tensor),
                                batch_index=torch.zeros(len(z), 1, dtype=torch.long, device=device))["px"]
         theta = px.theta.expand_as(px.mu)
-        return px.mu.double().cpu().numpy(), theta.double().cpu().numpy()
+        return px.mu.cpu().double().numpy(), theta.cpu().double().numpy()
 
     def _draw(self, n: int, code: int | None, seed: int) -> sp.csr_matrix:
         rng = np.random.default_rng(counter_seed(seed, self.name, "draw"))
