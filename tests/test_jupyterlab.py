@@ -95,7 +95,11 @@ class Lab:
         return Path(self.log.name).read_text()[-4000:]
 
     def kernels(self) -> list[psutil.Process]:
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):                   # gone since it was listed
+                found += [process] if "ipykernel_launcher" in " ".join(process.cmdline()) else []
+        return found
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -141,10 +145,13 @@ def test_a_chapter_in_jupyterlab_with_the_installed_kernel(lab, page):
 
     idle = page.locator(".jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status=idle]")
     idle.wait_for()                                            # of the kernel that the file asks for
+    before = lab.kernels()
     choose(page, "Kernel", "Change Kernel…")
     page.locator(".jp-Dialog select").select_option(label="SCLD (scld-gpu)")
     page.locator(".jp-Dialog .jp-mod-accept").click()
     page.locator(".jp-NotebookPanel-toolbar .jp-KernelName", has_text="SCLD (scld-gpu)").wait_for()
+    until(lambda: [p for p in lab.kernels() if p not in before] and not any(p.is_running() for p in before), "the change of kernels")
+    idle.wait_for()                                            # what is asked of a kernel that is about to go is lost
     choose(page, "Run", "Run All Cells")
     page.wait_for_function(r"""() => {
         const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent);
