@@ -232,7 +232,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kind: torch.device = CUDA) -> None:
                 return make(*args, **kwargs)
             if kwargs.get("generator") is not None and not kwargs["generator"].there:
                 raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-            kwargs, grad = kwargs | {"device": CPU}, kwargs.pop("requires_grad", False)
+            grad = kwargs.pop("requires_grad", False)
+            kwargs["device"] = CPU
             args = tree_map(lambda x: x.elem if isinstance(x, There) else x, args)
             out = make(*args, **kwargs)
             if recording:
