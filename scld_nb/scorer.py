@@ -7,8 +7,10 @@ __all__ = ['SELECTIONS', 'Item', 'Scorer', 'train_scorer', 'n_to_generate', 'kee
 
 # %% ../nbs/07_scorer.ipynb #c003
 import copy
+import os
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -233,6 +235,17 @@ def keep_by_odds(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: 
 Item = TypeVar("Item")
 
 
+def _wait_for_end(thread: threading.Thread) -> None:
+    """Join a thread to its very end.
+
+    Before Python 3.13, ``join`` returns when Python is done with it, while the libraries below still clear up after it. A process
+    that is forked in that moment inherits their locks, closed: matrix products (MKL's allocator) then wait for ever.
+    """
+    thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):      # Linux; elsewhere nothing tells
+        time.sleep(0.0005)
+
+
 def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4, stop: threading.Event | None = None) -> Iterator[Item]:
     """Run a producer in its own thread and hand its items over through a bounded queue.
 
@@ -287,4 +300,4 @@ def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4, stop: threading.
             yield item
     finally:
         stop.set()
-        thread.join()
+        _wait_for_end(thread)

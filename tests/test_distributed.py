@@ -4,6 +4,7 @@ Most teams here are forked from the test process, which has everything imported,
 give them; two tests go through `accelerate launch` and `notebook_launcher` themselves.
 """
 
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -64,6 +65,7 @@ def _one(work, args, folder: Path, rank: int, environment: dict) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+    faulthandler.dump_traceback_later(0.9 * ENDS, file=sys.stderr)    # what hangs says where
     status = 0
     try:
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(*args)))
@@ -100,7 +102,7 @@ class Running:
             if p.is_alive():
                 os.kill(p.pid, signal.SIGKILL)
                 p.join()
-        assert not hanging, f"processes {hanging} hang"
+        assert not hanging, "\n".join(f"process {i} hangs: {(self.folder / f'{i}.log').read_text()}" for i in hanging)
         found = []
         for r, p in enumerate(self.processes):
             value = self.folder / f"{r}.pickle"

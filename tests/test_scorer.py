@@ -1,7 +1,9 @@
 """The Scorer, the cut, and the queue between sampling and scoring."""
 
+import ctypes
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,25 @@ def test_order_is_kept_and_the_thread_ends():
     assert list(bounded_queue(iter(range(100)), maxsize=3)) == list(range(100))
     assert list(bounded_queue([])) == []
     assert not sampling_threads()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells which threads are there")
+def test_the_thread_is_gone_for_the_system_as_well():
+    """A process forked while a thread clears up would inherit its locks; here clearing up takes a fifth of a second."""
+    libc, key, ids = ctypes.CDLL(None), ctypes.c_uint(), []
+    libc.pthread_setspecific.argtypes = [ctypes.c_uint, ctypes.c_void_p]
+    assert libc.pthread_key_create(ctypes.byref(key), libc.usleep) == 0  # called with the key's value when a thread ends
+
+    def produce():
+        libc.pthread_setspecific(key, 200_000)
+        ids.append(threading.get_native_id())
+        yield 1
+
+    try:
+        assert list(bounded_queue(produce())) == [1]
+        assert not Path(f"/proc/self/task/{ids[0]}").exists()
+    finally:
+        libc.pthread_key_delete(key)
 
 
 def test_producer_works_in_another_thread():
