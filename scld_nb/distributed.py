@@ -284,13 +284,22 @@ def _team(world: object) -> Team:
     return Team(dist.get_rank(), dist.get_world_size(), device, control)
 
 
+def _compute_alone() -> None:
+    """Of PyTorch's threads only one survives a fork; a second would be waited for at the first large loop, for ever."""
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
+
+
 def _join(cpu: bool) -> None:
     """Meet the other processes, through accelerate."""
     try:
         from accelerate import PartialState
     except ImportError:
         raise InputError("several processes need the package accelerate; pip install accelerate") from None
-    rank, size = placed()
+    (rank, size), threads = placed(), torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")          # that it sets the number of threads
@@ -298,6 +307,8 @@ def _join(cpu: bool) -> None:
     except RuntimeError as error:
         why = " ".join(str(error).split())[:160]
         raise TeamError(f"process {rank} of {size} did not meet the others within {wait_limit():g} s ({why})") from error
+    if torch.get_num_threads() > threads:            # it counts cores; a forked process must stay with one thread
+        torch.set_num_threads(threads)
     if not dist.is_initialized():
         raise InputError(f"{size} processes were started, but accelerate was set up in this one to work alone; give Accelerator(cpu=True)")
     atexit.register(leave)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401  (so that forked processes have it)
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TINY, planted_cells
@@ -388,6 +389,41 @@ def test_a_whole_model_in_two_processes(team, cells30, tmp_path, head):
     assert sorted(f.name for f in (tmp_path / "model").iterdir()) == ["config.json", "genes.txt", "labels.json", "weights.safetensors"]
     loaded = SCLD.load(tmp_path / "model", device="cpu")
     assert gap(state(loaded.denoiser), told[0][0]["denoiser"]) == 0
+
+
+# threads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_process_forked_from_one_with_many_threads_computes():
+    """PyTorch's threads stay behind in the parent; a copy that waits for them is ended by an alarm."""
+    asked = """
+import os, signal, torch
+import scld_nb.distributed
+def large(): return float(torch.ones(2_000_000).add_(1).sum()) + float((torch.ones(600, 600) @ torch.ones(600, 600)).sum())
+torch.set_num_threads(3)
+large()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(torch.get_num_threads() if large() == 4e6 + 600**3 else 99)
+print(os.waitpid(child, 0)[1], torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=ENDS, env=os.environ | {"OMP_NUM_THREADS": "3"})
+    assert done.stdout.split() == [str(1 << 8), "3"], done.stdout + done.stderr
+
+
+def test_to_join_adds_no_threads(team):
+    """accelerate gives each process its share of the cores, if nobody has said how many threads there shall be."""
+    def threads(before, cores):
+        os.environ.pop("OMP_NUM_THREADS")
+        torch.set_num_threads(before)
+        psutil.cpu_count = lambda logical=True: cores
+        this_team("cpu").ask(lambda: [0.0])()                            # nobody leaves before all are there
+        return torch.get_num_threads()
+
+    assert values(team(2, threads, 1, 8, LOCAL_WORLD_SIZE="2").wait()) == [1, 1]
+    assert values(team(2, threads, 4, 4, LOCAL_WORLD_SIZE="2").wait()) == [2, 2]
 
 
 # the same cells
