@@ -97,6 +97,9 @@ class Stream:
 
     def wait_stream(self, _): ...
 
+    def is_capturing(self):
+        return bool(recording)
+
 
 @contextlib.contextmanager
 def current_device(device):
@@ -253,6 +256,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kind: torch.device = CUDA) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     for name, stand_in in ({} if kind == MPS else STAND_INS).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    # what optimisers ask: a build of torch for CUDA would look for a driver
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: kind)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
     monkeypatch.setattr(torch.mps, "manual_seed", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
