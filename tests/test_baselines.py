@@ -201,6 +201,26 @@ def test_a_scorer_tells_shuffled_from_real(cells):
     assert baselines.score(scorer, fakes[:0], device=torch.device("cpu")).shape == (0,)
 
 
+@pytest.mark.parametrize("make", ["baseline", "scorer"])
+def test_generators_of_the_user_are_left_alone(make, cells, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the generators of the GPUs are not ours to set"))
+    kept = torch.get_rng_state()
+
+    def weights(seed):
+        if make == "scorer":
+            reader = CellReader(counts_matrix(cells[:40]))
+            monkeypatch.setattr(baselines, "train_scorer", lambda *_, **__: {})
+            network = baselines.fit_scorer(reader, reader.read_sparse(np.arange(40)), seed=seed, device=torch.device("cpu"))[0]
+        else:
+            fitted = make_baseline("scgan", seed=seed, steps=1, device="cpu", progress=False).fit(cells)
+            network = next(v for v in vars(fitted).values() if isinstance(v, torch.nn.Module))
+        return torch.cat([p.detach().ravel() for p in network.parameters()])
+
+    first = weights(0)
+    assert torch.equal(first, weights(0)) and not torch.equal(first, weights(1))
+    assert torch.equal(torch.get_rng_state(), kept)
+
+
 def test_weights_are_counted(cells):
     fitted = make_baseline("scgan", steps=1, device="cpu", progress=False).fit(cells)
     networks = [v for v in vars(fitted).values() if isinstance(v, torch.nn.Module)]

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import torch
 
 from ..data import InputError, TARGET_SUM, counts_matrix
-from ..training import TrainingError, counter_seed, progress_bar, resolve_device, stop_on_ctrl_c
+from ..training import TrainingError, counter_seed, kept_generators, progress_bar, resolve_device, seed_generators, stop_on_ctrl_c
 
 # %% ../../nbs/20_baselines.base.ipynb #c007
 def free_memory() -> int:
@@ -185,8 +185,9 @@ class Baseline:
     @contextmanager
     def _seeded(self, *counters: int | str):
         """torch's global generator set from the seed, and put back afterwards; for initial weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(counter_seed(self.seed, self.name, *counters))
+        cpu = torch.device("cpu")                       # weights are drawn there; the generators of a GPU stay as they are
+        with kept_generators(cpu):
+            seed_generators(counter_seed(self.seed, self.name, *counters), cpu)
             yield
 
     def _training_steps(self, n_cells: int) -> Iterator[int]:
