@@ -109,8 +109,8 @@ class Baseline:
             or the method cannot run on these cells; the line says why.
         """
         counts = counts_matrix(adata, layer=layer)
-        self.genes, self.labels_key = [str(g) for g in adata.var_names], labels_key
-        self.labels, self.codes = [], np.zeros(adata.n_obs, dtype=np.int64)
+        labels: list[str] = []
+        codes = np.zeros(adata.n_obs, dtype=np.int64)
         if labels_key is not None:
             if labels_key not in adata.obs:
                 raise InputError(f"no column {labels_key!r} in obs; there are: {', '.join(map(str, adata.obs.columns)) or 'none'}")
@@ -119,11 +119,19 @@ class Baseline:
                 raise InputError(f"{labels_key!r} has {int((column.codes < 0).sum())} missing values; drop those cells or name them")
             sizes = np.bincount(column.codes, minlength=len(column.categories))
             order = np.argsort(-sizes, kind="stable")   # class 0 is the largest, which class-conditional GANs rely on
-            self.labels = [str(column.categories[i]) for i in order]
-            self.codes = np.argsort(order)[column.codes].astype(np.int64)
-        self.label_counts = np.bincount(self.codes, minlength=max(1, len(self.labels)))
+            labels = [str(column.categories[i]) for i in order]
+            codes = np.argsort(order)[column.codes].astype(np.int64)
+            if len(set(labels)) < len(labels):
+                twice = next(name for name in labels if labels.count(name) > 1)
+                raise InputError(f"{labels_key!r} has two labels that read {twice!r}, such as the number and the word; rename one")
+        self.genes, self.labels_key, self.labels, self.codes, self.history = [str(g) for g in adata.var_names], labels_key, labels, codes, {}
+        self.label_counts = np.bincount(codes, minlength=max(1, len(labels)))
         began = time.perf_counter()
-        self._learn(counts)
+        try:
+            self._learn(counts)
+        except BaseException:
+            del self.genes                              # a fit that fails leaves nothing to sample from
+            raise
         self.history["seconds"] = round(time.perf_counter() - began, 3)
         return self
 
