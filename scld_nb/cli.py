@@ -350,7 +350,7 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of the denoiser; default: 6000, more beyond 8000 cells, with --head mse 20000.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes everything random in training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes everything random in training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the training that was interrupted in MODEL_DIR, even to another number of steps.")
@@ -484,7 +484,7 @@ def _counts_only(cells: "AnnData") -> "AnnData":
 @app.command()
 def sample(
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder that scld train wrote.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Cells to deliver.")],
+    n: Annotated[int, typer.Option("-n", min=1, max=10**9, help="Cells to deliver.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.h5ad", help="File for the cells.")],
     label: Annotated[
         str | None, typer.Option(help="Cell type to draw; default: all, in the training proportions.")
@@ -499,7 +499,7 @@ def sample(
     keep: Annotated[
         float | None, typer.Option(help="Share that the Scorer keeps; 1 switches it off; default: the model's, 0.8.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same cells.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same cells.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Cells denoised together.")] = 1024,
     chunk_size: Annotated[

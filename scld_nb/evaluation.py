@@ -797,6 +797,8 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
     "Cells in memory as they are; of all else, what is on disk, with the records in `uns` that say what the values are."
     if isinstance(cells, ad.AnnData) and not (cells.isbacked and not cells.is_view):
         return cells
+    if not isinstance(cells, ad.AnnData | DiskCells | str | Path):
+        raise InputError(f"{name} must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
     there = open_cells(cells, layer=layer)
     about = there.records("scld", "scld_data")
     if about.get("scld", {}).get("scale") is not None and not isinstance(cells, DiskCells):

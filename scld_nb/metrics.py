@@ -328,16 +328,17 @@ def mmd_bandwidth(
     centre = np.asarray(real.mean(axis=0), dtype=np.float64).ravel()
     size = min(n, n_sample)
     wanted = min(k - 1 if rule == "median" else k, size - 1)
-    found = []
+    found, longest = [], 0.0
     for _ in range(repeats if size < n else 1):
         sample = _dense(real, np.sort(rng.choice(n, size, replace=False)), centre)
+        longest = max(longest, float(np.square(sample).sum(axis=1).max()))
         with _threads(sample):
             squares = _square_distances(sample, sample)
         np.fill_diagonal(squares, np.inf)
         near = np.sqrt(np.partition(squares, wanted - 1, axis=1)[:, :wanted])
         found.append(np.median(near if rule == "median" else near.mean(axis=1)))
     bandwidth = float(np.median(found))
-    if not bandwidth > 0:
+    if not bandwidth > 1e-7 * longest**0.5:                    # what rounding leaves of a distance of 0
         raise InputError("the bandwidth is 0 because most near neighbours in real coincide: remove duplicate cells")
     return bandwidth
 

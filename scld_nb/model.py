@@ -428,8 +428,9 @@ def _opened(cells: Cells, layer: str | None) -> ad.AnnData | DiskCells:
     """An AnnData as it is if its counts are in memory (or it is a part of a backed one); all else is left on disk."""
     if isinstance(cells, DiskCells | str | Path):
         return open_cells(cells, layer=layer)
-    backed = isinstance(cells, ad.AnnData) and cells.isbacked and not cells.is_view
-    return open_cells(cells, layer=layer) if backed else cells
+    if not isinstance(cells, ad.AnnData):
+        raise InputError(f"cells must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
+    return open_cells(cells, layer=layer) if cells.isbacked and not cells.is_view else cells
 
 
 class _Parts:

@@ -798,7 +798,7 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
     heldout
         Real cells that were not used in training; as many are drawn as there are training cells, if those are fewer.
     n_pcs
-        Components, fitted on both drawn groups together.
+        Components, fitted on both drawn groups together, and for the ratios on training cells alone (at most 5,000).
     seed
         Seed of draws and solver.
 
@@ -831,8 +831,10 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
         pca = _fit_pca(both, n_pcs, seed)
         points = {k: np.asarray(pca.transform(v), dtype=np.float64) for k, v in groups.items()}
         to_train, to_heldout = (_nearest(points["fake"], points[k], 2) for k in ("train", "heldout"))
-        ground = np.asarray(pca.transform(everyone), dtype=np.float64)
-        ratios, honest = (_ratios(_nearest(points[k], ground, 2)) for k in ("fake", "heldout"))
+        own = np.sort(rng.permutation(everyone.shape[0])[:5000])       # the ratios' basis knows neither held-out nor synthetic cells
+        basis = _fit_pca(everyone[own], n_pcs, seed)
+        ground, *others = (np.asarray(basis.transform(v), dtype=np.float64) for v in (everyone, groups["fake"], groups["heldout"]))
+        ratios, honest = (_ratios(_nearest(x, ground, 2)) for x in others)
     a, b = np.sqrt(to_train[:, 0]), np.sqrt(to_heldout[:, 0])
     near, far = (a < b) & ~np.isclose(a, b, rtol=1e-9, atol=1e-9), np.isclose(a, b, rtol=1e-9, atol=1e-9)
     return Memorisation(

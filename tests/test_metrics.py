@@ -453,3 +453,9 @@ def test_twins_share_a_fold_and_no_longer_betray_each_other():
     options = {"max_depths": (None,), "n_pcs": None, "n_trees": 60, "seed": 1}
     apart, together = (rf_aucs(real, fake, paired=p, **options)[None] for p in (False, True))
     assert apart.auc < 0.2 and abs(together.auc - 0.5) < 0.12 and together.n == 120 and len(together.fold_aucs) == 5
+
+
+def test_copies_of_a_few_cells_have_no_bandwidth():
+    few = np.random.default_rng(0).gamma(2.0, 300.0, (6, 80)).astype(np.float32)
+    with pytest.raises(InputError, match="remove duplicate cells"):
+        mmd_bandwidth(np.repeat(few, 40, axis=0))

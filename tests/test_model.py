@@ -900,3 +900,9 @@ def test_whose_checkpoints_they_are(cells, tiny, tmp_path):
     assert model().has_checkpoints(tmp_path, **steps)          # as when Round and Map are another model's
     (tmp_path / "denoiser.safetensors").write_bytes(b"damaged")
     assert not model().has_checkpoints(tmp_path, **steps)
+
+
+@pytest.mark.parametrize("wrong", [pd.DataFrame(np.ones((3, 2))), np.ones((3, 2)), None])
+def test_what_is_no_cells_is_named(wrong, tiny):
+    with pytest.raises(InputError, match=f"must be an AnnData or the path of an .h5ad file, got {type(wrong).__name__}"):
+        SCLD(wrong, **tiny)
