@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.sparse.linalg import ArpackError
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -73,7 +74,10 @@ def _fit_pca(matrix, n_pcs: int, seed: int):
     if n_pcs == min(matrix.shape):  # arpack wants fewer components than rows or columns
         dense = matrix.toarray() if sp.issparse(matrix) else matrix
         return PCA(n_pcs, svd_solver="full").fit(dense)
-    return PCA(n_pcs, svd_solver="arpack", random_state=seed).fit(matrix)
+    try:
+        return PCA(n_pcs, svd_solver="arpack", random_state=seed).fit(matrix)
+    except ArpackError:
+        raise InputError(f"no principal components of {matrix.shape[0]} cells x {matrix.shape[1]} genes: hardly any gene varies among them") from None
 
 # %% ../nbs/09_metrics.ipynb #c016
 @dataclass(frozen=True)

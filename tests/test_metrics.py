@@ -459,3 +459,8 @@ def test_copies_of_a_few_cells_have_no_bandwidth():
     few = np.random.default_rng(0).gamma(2.0, 300.0, (6, 80)).astype(np.float32)
     with pytest.raises(InputError, match="remove duplicate cells"):
         mmd_bandwidth(np.repeat(few, 40, axis=0))
+
+
+def test_cells_that_do_not_differ_have_no_components():
+    with pytest.raises(InputError, match="hardly any gene varies"):
+        rf_auc(np.ones((60, 500)), np.ones((60, 500)), n_trees=5)
