@@ -265,7 +265,10 @@ class CountMap(nn.Module):
     def forward(self, z: torch.Tensor, log_library: torch.Tensor) -> CountParameters:
         """Latents ``(n, d)`` and logarithms of library sizes ``(n, 1)`` to parameters."""
         h = F.layer_norm(self.net(z), (self.mean.in_features,))
-        shares = self.mean(h).float()
+        if torch.is_autocast_enabled(h.device.type):    # products in bf16, but not the offsets: they span many powers of ten
+            shares = F.linear(h, self.mean.weight).float() + self.mean.bias
+        else:
+            shares = self.mean(h).float()
         if _walks(shares):
             log_mu = bounded_cpu(shares, log_library)
         else:

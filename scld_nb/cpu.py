@@ -469,7 +469,7 @@ def _quantile(v, log_mu, log_r, many):
     rest = -v * math.expm1(-a)
     if mu > many and a > 0.05:
         return -1.0
-    x, p, step = 1.0, math.exp(-a) * r * ratio, 1.0
+    x, p, step = 1.0, math.exp(-a) * r * ratio, 2.0          # the first terms of a large mean are tiny, and rise
     while rest >= p and (step > 1.0 or p > 1e-18):           # the tail may end below the last digit of what is left
         rest -= p
         step = (r + x) / (x + 1.0) * ratio

@@ -386,7 +386,7 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     adata
         Cells x genes.
     layer
-        Layer that holds the counts; default: `layers["counts"]` if there, else `X`.
+        Layer that holds the counts, or "X"; default: `layers["counts"]` if there, else `X`.
     allow_empty_cells
         Accept cells without a single count, for matrices that will be filtered.
 
@@ -400,9 +400,10 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     InputError
         Unknown layer, empty matrix, repeated genes, NaN, negative, log-like or fractional values, cells without counts.
     """
-    if layer is not None and layer not in adata.layers:
-        raise InputError(f"no layer {layer!r}; layers there: {', '.join(adata.layers) or 'none'}; leave layer out to use X")
-    layer = layer or ("counts" if "counts" in adata.layers else None)
+    in_x = layer == "X" and "X" not in adata.layers
+    if layer is not None and not in_x and layer not in adata.layers:
+        raise InputError(f"no layer {layer!r}; layers there: {', '.join(adata.layers) or 'none'}; give 'X' for X itself")
+    layer = None if in_x else layer or ("counts" if "counts" in adata.layers else None)
     slot, x = (f"layers[{layer!r}]", adata.layers[layer]) if layer else ("X", adata.X)
     if x is None or 0 in x.shape:
         raise InputError(f"{slot} is empty ({adata.n_obs} cells x {adata.n_vars} genes); give cells x genes counts")
@@ -446,9 +447,9 @@ def library_normalize(counts, target_sum: float = TARGET_SUM) -> sp.csr_matrix:
     Returns
     -------
     scipy.sparse.csr_matrix
-        float32, same zeros; the input is not changed.
+        float32, same zeros; the input is not changed and shares no memory with it.
     """
-    out = sp.csr_matrix(counts, dtype=np.float32)
+    out = sp.csr_matrix(counts, dtype=np.float32, copy=True)
     total = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
     scale = np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
     return sp.csr_matrix((out.data * np.repeat(scale, np.diff(out.indptr)), out.indices, out.indptr), shape=out.shape)
@@ -698,7 +699,7 @@ def preprocess(adata: ad.AnnData, *, layer: str | None = None, min_genes: int = 
     kept = kept[:, genes].tocsr()
     if 0 in kept.shape:
         raise InputError(f"no cell has at least {min_genes} genes or no gene at least {min_cells} cells: nothing is left of "
-                         f"{adata.n_obs} x {adata.n_vars}; lower min_genes or min_cells")
+                         f"{adata.n_obs} x {adata.n_vars}; give cells with more genes, or SCLD(adata), which does not filter")
     out = ad.AnnData(library_normalize(kept, target_sum), obs=adata.obs.iloc[cells].copy(), var=adata.var.iloc[genes].copy(),
                      layers={"counts": kept})
     counts_matrix(out)
@@ -731,7 +732,7 @@ def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     if pd.api.types.is_float_dtype(column) and (column % 1 != 0).any():
         raise InputError(f"obs[{key!r}] holds fractions (e.g. {column[column % 1 != 0].iloc[0]:.4g}): a measurement, not labels")
     names = column.cat.remove_unused_categories().cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else sorted(
-        column.unique(), key=lambda name: (not str(name).isdigit(), int(name) if str(name).isdigit() else 0, str(name)))
+        column.unique(), key=lambda name: (not str(name).isdecimal(), int(name) if str(name).isdecimal() else 0, str(name)))
     return pd.Categorical(column.astype(str), categories=list(dict.fromkeys(map(str, names))))
 
 
@@ -860,6 +861,8 @@ def split(adata: ad.AnnData, *, test_size: float = 0.2, n_test: int | None = Non
         raise InputError(f"{asked} with valid_size={valid_size} leaves no test or no training cells; "
                          "give shares between 0 and 1 that add to less than 1")
     key = stratify or adata.uns.get("scld_data", {}).get("labels_key")
+    if key == "split":
+        raise InputError("labels in obs['split'] would be replaced by the names of the parts; give that column another name")
     groups = np.zeros(adata.n_obs, dtype=int) if key is None else _label_column(adata.obs, key).codes
     rng, mark = np.random.default_rng(seed), np.full(adata.n_obs, "train", dtype=object)
     for group in np.unique(groups):

@@ -23,7 +23,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
-from .data import TARGET_SUM, InputError, counts_matrix
+from .data import TARGET_SUM, InputError, _check_values, counts_matrix
 from .files import replacing
 from .large import DiskCells, open_cells
 from scld_nb.metrics import (
@@ -69,7 +69,15 @@ def _linear(adata: ad.AnnData, layer: str | None, name: str):
             raise InputError(f"{name}: {error}") from None
     if scale not in ("counts", "counts20k", "log1p20k"):
         raise InputError(f"{name}.uns['scld']['scale'] is {scale!r}: it must be 'counts', 'counts20k' or 'log1p20k'")
+    if "log1p" in adata.uns:
+        raise InputError(f"{name}.X was log-transformed after the cells were drawn (uns['log1p'] says so); give the cells as they were drawn, "
+                         "and normalise a copy of them")
     matrix: Any = sp.csr_matrix(adata.X, dtype=np.float32, copy=True) if sp.issparse(adata.X) else np.array(adata.X, np.float32)
+    if scale == "counts":
+        try:
+            _check_values(matrix.data if sp.issparse(matrix) else matrix.ravel(), f"{name}.X")
+        except InputError as error:
+            raise InputError(f"{error}; {name}.uns['scld'] says that these are counts: was X changed since?") from None
     if sp.issparse(matrix):
         matrix.sum_duplicates()
     if scale != "log1p20k":
@@ -222,7 +230,7 @@ class Report:
         Path
             The folder.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "format": 1, "settings": self.settings, "notes": self.notes,
@@ -235,7 +243,7 @@ class Report:
     @classmethod
     def load(cls, folder) -> "Report":
         "The report that `save` wrote to `folder`."
-        path = Path(folder) / "report.json"
+        path = Path(folder).expanduser() / "report.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -298,6 +306,15 @@ def _judged(n: int, n_judge: int | None, seed: int, paired: bool) -> tuple[np.nd
     return _draw(n, m, seed, 7), _draw(n, m, seed, 7 if paired else 8)
 
 
+def _checksum(*parts: np.ndarray) -> str:
+    "Short hash of rows or labels, to recognise what a control was made from."
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:".encode())
+        digest.update("\0".join(map(str, part)).encode())
+    return digest.hexdigest()[:16]
+
+
 def _in_space(matrix, space: str):
     "A matrix in counts20k brought to `space`."
     return matrix if space == "counts20k" else _logged(matrix)
@@ -329,7 +346,7 @@ def compare(
     n_jobs
         Processor cores; `None` is one, -1 all.
     paired
-        Row i of `fake` was made from row i of `real`; both share a fold of the forests.
+        Row i of `fake` was made from row i of `real`; both share a fold of the forests, and the MMD leaves such pairs out.
     n_judge
         Most cells a side; `None`: all.
 
@@ -341,7 +358,7 @@ def compare(
     """
     real, fake = (side[rows] for side, rows in zip((real, fake), _judged(real.shape[0], n_judge, seed, paired)))
     forests = rf_aucs(real, fake, max_depths=(None, 5), n_trees=n_trees, seed=seed, n_jobs=n_jobs, paired=paired)
-    distance = mmd(real, fake, bandwidth=bandwidth)
+    distance = mmd(real, fake, bandwidth=bandwidth, paired=paired)
     return {
         "rf_auc": (forests[None].auc, forests[None].fold_sd),
         "rf_auc_depth5": (forests[5].auc, forests[5].fold_sd),
@@ -370,23 +387,24 @@ def _labels(adata: ad.AnnData, key: str, name: str) -> np.ndarray:
     return adata.obs[key].astype(str).to_numpy(dtype=object)
 
 
-def _control_groups(real, train, n: int, seed: int) -> tuple:
+def _control_groups(real, others, n: int, seed: int, *, trained: bool) -> tuple:
     """Real cells, as many other real cells, and shuffled ones; and a sentence on how they were made.
 
-    `real` holds the n cells that are compared with synthetic ones; `train` the training cells or None.
+    `real` holds the n cells that are compared with synthetic ones; `others` training cells or, if there are none, real cells left over.
     """
-    if train is not None:
-        m = min(n, train.shape[0])
-        left, right = real[_draw(n, m, seed, 3)], train[_draw(train.shape[0], m, seed, 4)]
-        note = f"controls: {m} real cells against {m} training cells"
-        if m < n:
-            note += f" (there are only {m} training cells: compare with n={n} with care)"
-    else:
-        m = n // 2
-        order = np.random.default_rng([seed, 5]).permutation(n)
-        left, right = real[np.sort(order[:m])], real[np.sort(order[m : 2 * m])]
-        note = f"controls: halves of the real cells, {m} against {m}, as no training cells were given (compare with n={n} with care)"
+    m = min(n, others.shape[0])
+    if m < 5:
+        raise InputError(f"only {m} real cells are left for the control: compare fewer, or give training cells")
+    left, right = real[_draw(n, m, seed, 3)], others[_draw(others.shape[0], m, seed, 4)]
+    note = f"controls: {m} real cells against {m} {'training cells' if trained else 'other real cells, as no training cells were given'}"
+    if m < n:
+        note += f" (there are only {m}: compare with n={n} with care)"
     return left, right, permute_genes(right, target_sum=TARGET_SUM, seed=seed), note
+
+
+def _left_over(n_all: int, picked: np.ndarray) -> np.ndarray:
+    "Rows that were not picked."
+    return np.setdiff1d(np.arange(n_all), picked)
 
 # %% ../nbs/10_evaluation.ipynb #c026
 def make_controls(
@@ -409,7 +427,7 @@ def make_controls(
     real
         All real test cells in "counts20k", (n_real, n_genes), dense or CSR.
     train
-        Real training cells in "counts20k", or `None`: then halves of the real cells stand in.
+        Real training cells in "counts20k", or `None`: then real cells beyond the n that are compared stand in.
     n
         Cells a side.
     seed, n_trees, spaces, n_jobs, n_judge
@@ -424,8 +442,9 @@ def make_controls(
     dict
         JSON-ready; see `Report.controls`.
     """
-    compared = real[_draw(real.shape[0], n, seed, 1)]
-    left, right, shuffled, note = _control_groups(compared, train, n, seed)
+    picked = _draw(real.shape[0], n, seed, 1)
+    others = real[_left_over(real.shape[0], picked)] if train is None else train
+    left, right, shuffled, note = _control_groups(real[picked], others, n, seed, trained=train is not None)
     controls = {
         "n": n, "control_n": left.shape[0], "n_judge": n if n_judge is None else min(n, n_judge),
         "seed": seed, "n_trees": n_trees, "real": _fingerprint(real), "train": None if train is None else _fingerprint(train), "how": note, "spaces": {}, "clusters": {},
@@ -467,25 +486,30 @@ def _cluster_records(groups: dict, labels: dict, controls: dict, options: dict, 
     "RF AUC of each label on its own, beside training cells of that label (Table 5); and the labels left out."
     seed, least, records, small = options["forest"]["seed"], max(5, options["min_cluster"]), [], []
 
-    def area(left, right, space: str):
-        return rf_aucs(_in_space(left, space), _in_space(right, space), max_depths=(None,), **options["forest"])[None]
+    def area(left, right, space: str, paired: bool = False):
+        return rf_aucs(_in_space(left, space), _in_space(right, space), max_depths=(None,), paired=paired, **options["forest"])[None]
 
     for label in sorted(set(labels["real"]), key=lambda t: (len(t), t)):
         rows = {k: np.flatnonzero(labels[k] == label) for k in labels}
+        if options["paired"]:
+            rows["real"] = rows["synthetic"] = np.intersect1d(rows["real"], rows["synthetic"])
         n = min(len(rows["real"]), len(rows["synthetic"]))
         if n < least:
             small.append(f"{label} ({n})")
             continue
-        n = min(n, options["n_judge"] // 4 if options["n_judge"] else n)
-        own = {k: groups[k][r[_draw(len(r), n, seed, 10 + i)]] for i, (k, r) in enumerate(rows.items())}
+        n = min(n, max(least, options["n_judge"] // 4) if options["n_judge"] else n)
+        streams = {"real": 10, "synthetic": 10 if options["paired"] else 11, "train": 12}
+        drawn = {k: r[_draw(len(r), n, seed, streams[k])] for k, r in rows.items()}
+        own = {k: groups[k][r] for k, r in drawn.items()}
         m = own["train"].shape[0] if "train" in own else 0
+        made_from = {"n": n, "control_n": m, "cells": _checksum(*(drawn[k] for k in ("real", "train") if k in drawn))}
         known = controls["clusters"].setdefault(label, {})
-        if known.get("n") != n:  # a control of another size does not count
+        if any(known.get(k) != v for k, v in made_from.items()):     # the control of other cells does not count
             known.clear()
-            known |= {"n": n, "control_n": m}
+            known |= made_from
         for space in options["spaces"]:
             step(f"{space}: {label}")
-            found = area(own["real"], own["synthetic"], space)
+            found = area(own["real"], own["synthetic"], space, options["paired"])
             if space not in known and m >= least:
                 known[space] = area(own["real"][_draw(n, m, seed, 20)], own["train"], space).auc
             records.append({
@@ -560,9 +584,10 @@ def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, op
     found["counts" if counts else "counts20k", "combined", "all"] = (combined.auc, combined.fold_sd, m)
     step(f"suite: shape, {what}")
     points = joint_components(left.log, right.log, seed=seed)
-    put(precision_recall(*points, k=min(5, n - 1)))
-    put(wasserstein(*(x[rows] for x, rows in zip(points, _judged(n, options["n_judge"], seed, paired))), n_max=m, seed=seed), size=m)
-    put(ilisi(*points))
+    if not options["paired"]:                           # a twin is its original's nearest neighbour, whatever else is wrong with it
+        put(precision_recall(*points, k=min(5, n - 1)))
+        put(wasserstein(*(x[rows] for x, rows in zip(points, _judged(n, options["n_judge"], seed, paired))), n_max=m, seed=seed), size=m)
+        put(ilisi(*points))
     step(f"suite: genes, {what}")
     put(ks_statistics(*(gene_statistics(g.log) for g in (left, right))), prefix="ks_")
     if counts:
@@ -583,28 +608,23 @@ def _copying(fake: _Group, train: _Group, heldout: _Group, seed: int) -> tuple[d
     "The measures of copying in the form of `_measure`, and the distances."
     found = memorisation(fake.log, train.log, heldout.log, seed=seed)
     values = {
-        "memorisation": found.share, "membership_auc": found.membership_auc, "nndr": found.nndr,
+        "memorisation": found.share, "membership_auc": found.membership_auc, "nndr": found.nndr, "copied": found.copied,
         "distance_to_train": float(np.median(found.to_train)), "distance_to_heldout": float(np.median(found.to_heldout)),
     }
     return {("log1p", k, "all"): (v, None, len(fake)) for k, v in values.items()}, found
 
 # %% ../nbs/10_evaluation.ipynb #c042
-def _suite_controls(real: _Group, train: _Group | None, chosen: dict, options: dict, step) -> dict:
+def _suite_controls(real: _Group, others: _Group, train: _Group | None, chosen: dict, options: dict, step) -> dict:
     "Positive and negative controls of the suite, JSON-ready."
     seed, n = options["forest"]["seed"], len(real)
-    if train is not None:
-        m = min(n, len(train))
-        left, right = real.take(_draw(n, m, seed, 3)), train.take(_draw(len(train), m, seed, 4))
-    else:
-        m = n // 2
-        order = np.random.default_rng([seed, 5]).permutation(n)
-        left, right = real.take(np.sort(order[:m])), real.take(np.sort(order[m : 2 * m]))
+    m = min(n, len(others))
+    left, right = real.take(_draw(n, m, seed, 3)), others.take(_draw(len(others), m, seed, 4))
     found = {"positive": _measure(left, right, train, chosen, options, step, "positive control"), "negative": {}}
     shuffled = permute_genes(right.linear, target_sum=TARGET_SUM, seed=seed)
     nonsense = _Group(shuffled, _logged(shuffled), right.library, right.labels)
     if options["negative"]:
         found["negative"] = _measure(left, nonsense, train, chosen, options, step, "negative control")
-    if train is not None:
+    if train is not None and not options["paired"]:
         step("suite: copying, controls")
         order = np.random.default_rng([seed, 9]).permutation(n)
         fresh, heldout = real.take(np.sort(order[: n // 2])), real.take(np.sort(order[n // 2 :]))
@@ -614,6 +634,17 @@ def _suite_controls(real: _Group, train: _Group | None, chosen: dict, options: d
     return {side: [[*key, *values] for key, values in part.items()] for side, part in found.items()}
 
 _AUCS = ("strict_forest", "strict_boosting", "combined", "membership_auc")
+_WIDER = {"strict_boosting": 1.3, "combined": 1.5}      # trained judges of all genes scatter more than scores without meaning
+
+
+def _null_sd(metric: str, n: int, n_reference: int | None) -> float | None:
+    "Scatter of a measure when nothing differs; None where it is not known."
+    if metric == "copied" and n_reference is not None:
+        return float(np.sqrt(0.05 * 0.95 * (1 / n + 1 / n_reference)))
+    if metric not in _AUCS:
+        return None
+    m = min(n, n_reference) if metric == "membership_auc" and n_reference is not None else n
+    return _WIDER.get(metric, 1.0) * auc_null_sd(m)
 
 
 def _suite_records(
@@ -628,16 +659,21 @@ def _suite_records(
     options = options | {"counts": fake.library is not None}
     if train is None:
         notes.append("no training cells were given: genes are chosen on the real cells, and copying, markers and training on synthetic cells are left out")
-    kind = f"{'counts' if options['counts'] else 'counts20k'}, labels {options['labels_key']}"
+    kind = f"{'counts' if options['counts'] else 'counts20k'}, labels {options['labels_key']}" + ", twins" * options["paired"]
+    if labels:
+        kind += f" {_checksum(*(labels[k] for k in ('real', 'train') if k in labels))}"
+    if options["paired"]:
+        notes.append("precision, recall, density, coverage, transport, mixing and copying are left out: each cell has its own original among the real ones")
     known = controls.setdefault("suite", {})
     if kind not in known or (options["negative"] and not known[kind]["negative"]):
         if train is None and controls["train"] is not None:
             raise InputError("controls lack the suite for these cells: give train too, or leave controls=None")
-        known[kind] = _suite_controls(real, train, chosen, options, step)
+        others = full["real"].take(_left_over(len(full["real"]), rows["real"])) if train is None else train
+        known[kind] = _suite_controls(real, others, train, chosen, options, step)
     positive, negative = ({tuple(r[:3]): r[3:] for r in known[kind][side]} if known[kind][side] else {} for side in ("positive", "negative"))
     found = _measure(real, fake, train, chosen, options, step, "synthetic")
     copies: Memorisation | None = None
-    if train is not None:
+    if train is not None and not options["paired"]:
         step("suite: copying, synthetic")
         values, copies = _copying(fake, train, real, seed)
         found |= values
@@ -652,14 +688,15 @@ def _suite_records(
         elif metric == "distance_to_train" and copies is not None:
             control, control_n = found[space, "distance_to_heldout", cluster][0], copies.n
         is_auc = metric in _AUCS
-        m = min(n, copies.n_reference) if metric == "membership_auc" and copies is not None else n
         records.append({
             "space": space, "metric": metric, "cluster": cluster, "n": n, "value": value, "sd": sd, "control": control,
             "negative": negative[key][0] if key in negative and options["negative"] else None,
-            "null_sd": auc_null_sd(m) if is_auc else None,
+            "null_sd": _null_sd(metric, n, copies.n_reference if copies is not None else None),
             "flag": _flag(control, control_n) if is_auc and control is not None else None,
             "control_n": control_n, "distance": abs(value - 0.5) if is_auc else None,
         })
+    if train is not None and labels and (lacking := sorted(set(labels["real"]) & set(labels["train"]) - set(labels["synthetic"]), key=lambda t: (len(t), t))):
+        notes.append(f"no synthetic cell is labelled {options['labels_key']} {', '.join(lacking)}: F1 0 there in tstr")
     return records, _details(real, fake, chosen, copies)
 
 
@@ -695,7 +732,7 @@ def _dense_columns(matrix, columns) -> np.ndarray:
     return np.asarray(part.toarray() if sp.issparse(part) else part, dtype=np.float64)
 
 # %% ../nbs/10_evaluation.ipynb #c045
-def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, halves: bool) -> None:
+def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, alone: bool) -> None:
     "Refuse what could only fail later."
     if not spaces or set(spaces) - set(SPACES):
         raise InputError(f"spaces is {spaces}: choose from {', '.join(SPACES)}")
@@ -703,10 +740,9 @@ def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, se
         raise InputError(f"n_trees is {n_trees}: a forest needs at least 1 tree")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}: choose one from 0 to 2**32 - 1")
-    least = 10 if halves else 5
-    if n < least:
-        sizes = f"{real.n_obs} real, {synth.n_obs} synthetic, and n_max"
-        raise InputError(f"only {n} cells a side can be compared ({sizes}): at least {least} are needed")
+    if n < 5:
+        kept = ", half of them for the control as no training cells were given" if alone else ""
+        raise InputError(f"only {n} cells a side can be compared ({real.n_obs} real{kept}, {synth.n_obs} synthetic, and n_max): at least 5 are needed")
     if train is not None and train.n_obs < 5:
         raise InputError(f"train has {train.n_obs} cells: give at least 5, or None")
 
@@ -761,6 +797,8 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
     "Cells in memory as they are; of all else, what is on disk, with the records in `uns` that say what the values are."
     if isinstance(cells, ad.AnnData) and not (cells.isbacked and not cells.is_view):
         return cells
+    if not isinstance(cells, ad.AnnData | DiskCells | str | Path):
+        raise InputError(f"{name} must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
     there = open_cells(cells, layer=layer)
     about = there.records("scld", "scld_data")
     if about.get("scld", {}).get("scale") is not None and not isinstance(cells, DiskCells):
@@ -771,7 +809,7 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
 
 
 def _in_memory(
-    real: Cells, synth: Cells, train: Cells | None, *, n_max: int | None, seed: int, paired: bool, key: str | None, layer: str | None
+    real: Cells, synth: Cells, train: Cells | None, *, n_max: int | None, seed: int, paired: bool, alone: bool, key: str | None, layer: str | None
 ) -> tuple[ad.AnnData, ad.AnnData, ad.AnnData | None, str, list[str]]:
     "The cells to compare, how many there are, and a sentence on each file of which only a part was read."
     given = {"real": real, "synth": synth, "train": train}
@@ -782,7 +820,8 @@ def _in_memory(
     streams, out, notes = {"real": 1, "synth": 1 if paired else 2, "train": 11}, {}, []
     for name, cells in opened.items():
         if isinstance(cells, DiskCells):
-            rows = _draw(cells.n_obs, max(FROM_DISK if n_max is None else n_max, 5), seed, streams[name])
+            twice = alone and (name == "real" or paired)       # half of them for the control
+            rows = _draw(cells.n_obs, (1 + twice) * max(FROM_DISK if n_max is None else n_max, 5), seed, streams[name])
             if len(rows) < cells.n_obs:
                 notes.append(f"{len(rows)} of {cells.n_obs} cells of {name} were read, drawn at random")
             cells = cells.to_memory(rows, columns=[] if key is None else [key])
@@ -830,7 +869,8 @@ def evaluate(
     synth
         Synthetic cells with at least the genes of `real`; see `expression` for their scale.
     train
-        Training cells with counts, for the controls; without them halves of `real` are compared.
+        Training cells with counts, for the controls. Without them half of `real` is kept for the control, and at most the other half is
+        compared.
     labels_key
         Column of labels in `obs`: adds the AUC of each label on its own and, with `train`, the
         share of synthetic cells that a classifier of real cells gives the label they carry.
@@ -857,7 +897,8 @@ def evaluate(
     min_cluster
         Labels with fewer cells on either side are left out of the comparison by label.
     paired
-        Cell i of `synth` was made from cell i of `real`, as by `SCLD.reconstruct`; twins then share a fold of the forests.
+        Cell i of `synth` was made from cell i of `real`, as by `SCLD.reconstruct`; twins then share a fold of the forests, and measures
+        that look for the nearest cell are left out.
     dataset, method
         Names for the records; found in `uns` if not given.
     n_jobs
@@ -880,15 +921,16 @@ def evaluate(
     SCLD, Tables 3 and 5.
     """
     spaces = [spaces] if isinstance(spaces, str) else list(spaces)
-    real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, key=labels_key, layer=layer)
-    n = min(real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
+    alone = train is None and not (isinstance(controls, dict) and controls.get("train") is not None)
+    real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, alone=alone, key=labels_key, layer=layer)
+    n = min(real.n_obs // 2 if alone else real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
     if suite and n_judge is None:
         n_judge = 1500
     if n_judge is not None and n_judge < 5:
         raise InputError(f"n_judge is {n_judge}: classifiers need at least 5 cells a side")
     if n_trees is None:
         n_trees = int(np.clip(200_000 // max(n, 1), 100, 1000)) if suite else 1000
-    _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, seed=seed, halves=train is None and controls is None)
+    _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, seed=seed, alone=alone)
     groups, labels = _prepare(real, synth, train, labels_key=labels_key, layer=layer)
     genes = list(map(str, real.var_names))
     rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}

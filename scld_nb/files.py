@@ -79,7 +79,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Path
         ``.NAME.HOST.PROCESS.tmp`` in the same folder.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path):
         with suppress(OSError):

@@ -193,6 +193,7 @@ class Denoiser(nn.Module):
     """
 
     alpha_bar: torch.Tensor | None
+    noise: torch.Tensor | None
     fuse: CrossAttention | nn.Linear
 
     def __init__(self, means: torch.Tensor, d: int = 128, *, fusion: str = "add", e_width: int = 256,
@@ -207,6 +208,7 @@ class Denoiser(nn.Module):
             raise InputError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
         self.fusion, self.prediction = fusion, prediction
         self.register_buffer("alpha_bar", None if alpha_bar is None else alpha_bar.float(), persistent=False)
+        self.register_buffer("noise", None if alpha_bar is None else (1.0 - alpha_bar.double()).float(), persistent=False)
         self.embed = Embed(means, e_width, compact=compact)
         self.unet = UNet(d + e_width if fusion == "cat" else d, d, widths=widths, dropout=dropout)
         emb_width = self.unet.emb.in_features
@@ -259,10 +261,11 @@ class Denoiser(nn.Module):
         if self.prediction == "eps":
             return out
         assert self.alpha_bar is not None                    # __init__ has seen to it
-        a = self.alpha_bar[t].unsqueeze(-1)
+        assert self.noise is not None
+        a, rest = self.alpha_bar[t].unsqueeze(-1), self.noise[t].unsqueeze(-1)     # 1 - a, where a may round to 1
         if self.prediction == "v":
-            return a.sqrt() * out + (1.0 - a).sqrt() * z
-        return (z - a.sqrt() * out) / (1.0 - a).sqrt()
+            return a.sqrt() * out + rest.sqrt() * z
+        return (z - a.sqrt() * out) / rest.sqrt()
 
 # %% ../nbs/04_guidance.ipynb #c036
 OMEGA_RANGE = (-1.0, 3.0)

@@ -395,7 +395,7 @@ class DiskCells:
         at = rows if self.rows is None else self.rows[rows]
         if not len(at):
             return []
-        index = there[there.attrs["_index"]][int(at[0]):int(at[-1]) + 1]
+        index = _values(there[there.attrs["_index"]])[int(at[0]):int(at[-1]) + 1]
         return [v.decode() if isinstance(v, bytes) else str(v) for v in index[at - at[0]]]
 
     def take(self, rows: np.ndarray | None = None, genes: np.ndarray | None = None) -> "DiskCells":
@@ -416,6 +416,11 @@ class DiskCells:
         part = self.take(rows)
         obs = part.obs(*columns).set_axis(pd.Index(part.names(np.arange(len(rows))), dtype=object), axis=0)
         return ad.AnnData(part.counts[:], obs=obs, var=pd.DataFrame(index=self.var_names), uns=dict(self.uns))
+
+
+def _values(node):
+    """The strings of an index: a plain data set or, as anndata writes strings that may be missing, a group that holds one."""
+    return node["values"] if isinstance(node, h5py.Group) else node
 
 
 def _checked_names(names, slot: str, expected: int) -> pd.Index:
@@ -454,7 +459,7 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
             return DiskCells(counts, _checked_names(adata.var_names, counts.slot, counts.shape[1]), known={c: adata.obs[c] for c in adata.obs})
         var, obs = counts._file["var"], counts._file["obs"]
         names = _checked_names(read_elem(var[var.attrs["_index"]]), counts.slot, counts.shape[1])
-        if (n := len(obs[obs.attrs["_index"]])) != counts.shape[0]:
+        if (n := len(_values(obs[obs.attrs["_index"]]))) != counts.shape[0]:
             raise InputError(f"{counts.slot} has {counts.shape[0]} cells, obs has {n}; write the file again")
     except InputError:
         raise
@@ -501,10 +506,11 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
     rows, genes = np.flatnonzero(expressed >= min_genes), np.flatnonzero(seen >= min_cells)
     if not len(rows) or not len(genes):
         raise InputError(f"no cell has at least {min_genes} genes or no gene at least {min_cells} cells: nothing is left of "
-                         f"{cells.n_obs} x {cells.n_vars}; lower min_genes or min_cells")
+                         f"{cells.n_obs} x {cells.n_vars}; give cells with more genes, or SCLD(path), which does not filter")
+    path = Path(path).expanduser()
     facts = {"target_sum": TARGET_SUM, "min_genes": min_genes, "min_cells": min_cells, "raw_cells": cells.n_obs, "raw_genes": cells.n_vars,
-             "versions": _versions(), "labels_key": key, "labels": "from the file", "name": Path(path).stem, "kind": "h5ad",
-             "origin": "user file", "file": Path(path).name, "sha256": file_sha256(Path(path)), "n_test": 0, "n_valid": 0}
+             "versions": _versions(), "labels_key": key, "labels": "from the file", "name": path.stem, "kind": "h5ad",
+             "origin": "user file", "file": path.name, "sha256": file_sha256(path), "n_test": 0, "n_valid": 0}
     if len(rows) < cells.n_obs:
         warnings.warn(f"{cells.n_obs - len(rows)} of {cells.n_obs} cells are left out, they have fewer than {min_genes} genes; of genes seen in "
                       f"fewer than {min_cells} cells {cells.n_vars - len(genes)} of {cells.n_vars}", stacklevel=2)
@@ -516,10 +522,11 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
 def split_on_disk(cells: DiskCells, *, seed: int = 0, most: int = TEST_CELLS) -> tuple[DiskCells, DiskCells]:
     """Training and test cells by `scld_nb.data.split`: 20 % of each label, but about ``most`` test cells at the most."""
     key = cells.uns["scld_data"]["labels_key"]
-    names = pd.DataFrame(cells.obs(key).assign(place=np.arange(cells.n_obs)))
+    place = f"place of {key}"                                  # no column that is there
+    names = pd.DataFrame(cells.obs(key).assign(**{place: np.arange(cells.n_obs)}))
     light = ad.AnnData(obs=names.set_axis(names.index.astype(str), axis=0), uns={"scld_data": cells.uns["scld_data"]})
     parts = split(light, n_test=most, seed=seed) if cells.n_obs * 0.2 > most else split(light, seed=seed)
-    train, test = (replace(cells.take(part.obs["place"].to_numpy()), uns=part.uns) for part in parts)
+    train, test = (replace(cells.take(part.obs[place].to_numpy()), uns=part.uns) for part in parts)
     return train, test
 
 # %% ../nbs/00_large.ipynb #c034
@@ -615,7 +622,9 @@ class CellWriter:
     _file: h5py.File                                           # from __enter__ on
 
     def __init__(self, path: str | Path, *, chunk: int = 131_072, compress: bool = True):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
         self.uns: dict = {}
         self.n_obs, self.nnz, self._chunk = 0, 0, chunk
         self._filters = {"shuffle": True, "compression": "gzip", "compression_opts": 1} if compress else {}

@@ -114,7 +114,7 @@ def _check_settings(config: "Config") -> None:
         value = getattr(config, name)
         if value is None and name in ("ema", "clip", "min_snr"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer) or not low <= value <= high:
             raise InputError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
     if config.beta_1 > config.beta_T:
         raise InputError(f"beta_1 must not exceed beta_T, got {config.beta_1:g} and {config.beta_T:g}")
@@ -310,7 +310,11 @@ def _replace(path: Path, put: Callable[[Path], object]) -> None:
 def write_folder(
     folder: Path, config: dict, labels: dict, genes: Sequence[str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Write the four files of a model, each whole or not at all, ``config.json`` last."""
+    """Write the four files of a model, each whole or not at all, ``config.json`` last; not over files that are no model's."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    if not any((folder / name).exists() for name in ("config.json", PARTS[0])) and (other := [name for name in PARTS if (folder / name).exists()]):
+        raise InputError(f"{folder} holds {other[0]} but no model, and it would be replaced; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write = {
         "weights.safetensors": lambda p: p.write_bytes(save(tensors)),
@@ -379,14 +383,27 @@ def _whole(name: str, value, *, least: int = 1) -> int:
 
 
 def _check_noise(config: Config) -> None:
-    """Warn of a schedule that ends far from pure noise, where sampling starts."""
+    """Warn of a schedule that ends far from pure noise, where sampling starts; refuse one that leaves nothing to compute with."""
     left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
+    if left < 1e-6:
+        raise InputError(
+            f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0e} of the signal at the last step, less than float32 can tell from "
+            f"nothing; use beta_T={min(20 / config.T, 0.6):.2g}"
+        )
     if left > 0.1:
         warnings.warn(
             f"T={config.T} with beta_T={config.beta_T:g} leaves {left:.0%} of the signal at the last step, but "
             f"sampling starts from pure noise; use beta_T={min(20 / config.T, 0.6):.2g}, or T=1000",
             stacklevel=3,
         )
+
+
+def _weights_hash(network: torch.nn.Module) -> str:
+    """Short checksum of the weights."""
+    digest = hashlib.sha256()
+    for name, p in network.named_parameters():
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _same_autoencoder(path: Path, ae_steps: int, budget_s: float | None) -> None:
@@ -411,8 +428,9 @@ def _opened(cells: Cells, layer: str | None) -> ad.AnnData | DiskCells:
     """An AnnData as it is if its counts are in memory (or it is a part of a backed one); all else is left on disk."""
     if isinstance(cells, DiskCells | str | Path):
         return open_cells(cells, layer=layer)
-    backed = isinstance(cells, ad.AnnData) and cells.isbacked and not cells.is_view
-    return open_cells(cells, layer=layer) if backed else cells
+    if not isinstance(cells, ad.AnnData):
+        raise InputError(f"cells must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
+    return open_cells(cells, layer=layer) if cells.isbacked and not cells.is_view else cells
 
 
 class _Parts:
@@ -444,7 +462,7 @@ class _Parts:
         if isinstance(cells, DiskCells):
             counts = reader = cells.reader(groups=self._codes, n_groups=len(self.labels), **self._space())
         else:
-            counts = counts_matrix(cells, layer=layer)
+            counts = counts_matrix(cells, layer=layer).copy()  # what is done to adata afterwards must not change what is learned
             reader = CellReader(counts, **self._space())
         self._reader: CellReader | None = reader
         self.history: dict[str, dict] = {}
@@ -650,7 +668,8 @@ class _Draws(_Parts):
                     scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
                 yield sparse.vstack(cells, format="csr"), np.concatenate(scores)
 
-        with bar, reduced_precision(self.device, c.precision if self.device.type == "cpu" else "fp32"), torch.no_grad():
+        everywhere = "fp32" if (self.device.type, c.precision) == ("cuda", "bf16") else c.precision      # autocast is for the denoiser only
+        with bar, reduced_precision(self.device, everywhere), torch.no_grad():
             made = list(team.in_order(batches(), len(starts)))
         if not team.is_main:
             return sparse.csr_matrix((0, len(self.genes))), np.zeros(0)
@@ -891,6 +910,8 @@ class _SamplesInChunks(_Samples):
             If the disk is full.
         """
         n, chunk_size = _whole("n", n), _whole("chunk_size", chunk_size)
+        if Path(path).expanduser().is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
         facts: dict[str, Any] = {}
         pending: Future | None = None
         chunks = self.sample_chunks(n, label, chunk_size=chunk_size, seed=seed, progress=progress if n <= chunk_size else False, **options)
@@ -985,7 +1006,9 @@ class _Learns(_SamplesInChunks):
         reader = self._reader
         if reader is None:
             raise InputError("a loaded model holds no training cells; construct SCLD(adata, ...) to train")
-        c, folder = self.config, None if checkpoint_dir is None else Path(checkpoint_dir)
+        c, folder = self.config, None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"checkpoint_dir {folder} is a file; give a folder")
         max_steps, ae_steps = self.training_steps(max_steps, ae_steps)
         self._steps(sampling_steps)
         team = this_team(self.device)
@@ -995,6 +1018,8 @@ class _Learns(_SamplesInChunks):
             raise InputError(f"the Scorer needs at least 10 training cells, got {len(self._codes)}; give more, or pass scorer=False")
         if team.is_main:
             self._note_what_is_little()
+        for stage in ("scorer", "denoiser", "autoencoder"):  # a training that ends early leaves no stage of an earlier one
+            self.history.pop(stage, None)
         common: dict[str, Any] = dict(
             budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
@@ -1031,6 +1056,7 @@ class _Learns(_SamplesInChunks):
             self.autoencoder.latent_mean.zero_()
             self.autoencoder.latent_std.fill_(1.0)
         team.adopt(self.autoencoder)
+        common["basis"] = _weights_hash(self.autoencoder)
         done = train_denoiser(
             self.denoiser,
             self.schedule,
@@ -1228,7 +1254,7 @@ class SCLD(_Learns):
                     z, spread = self.autoencoder.posterior(cells)
                     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
                     z = z + spread * noise.to(self.device)
-                x += [sparse_rows(part, np.float32 if self.config.head == "mse" else np.int32) for part in self._decoded(z, seed)]
+                x += [sparse_rows(part, np.float32 if self.config.head == "mse" else np.int32) for part in self._decoded(z, counter_seed(seed, "counts"))]
         out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
         out.uns["scld"] = {"scale": self._scale(), "target_sum": TARGET_SUM, "version": __version__}
         return out
@@ -1246,15 +1272,16 @@ class SCLD(_Learns):
         """
         if "denoiser" not in self.history:
             raise InputError("the model is not trained; there is nothing to save yet")
+        folder = Path(folder).expanduser()
         if placed()[0] > 0:
-            return Path(folder)  # of several processes, the main one writes
+            return folder  # of several processes, the main one writes
         tensors = {
             f"{name}.{k}": v.detach().cpu().contiguous().clone()
             for name in ("autoencoder", "denoiser", "scorer")
             for k, v in getattr(self, name).state_dict().items()
         }
         write_folder(
-            Path(folder),
+            folder,
             {
                 "config": asdict(self.config),
                 "seed": self.seed,
@@ -1265,7 +1292,7 @@ class SCLD(_Learns):
             self.genes,
             tensors,
         )
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto") -> Self:
@@ -1279,7 +1306,7 @@ class SCLD(_Learns):
         model = cls.__new__(cls)
         model.device, model._reader, model._codes = resolve_device(device), None, np.zeros(0, dtype=np.int64)
         try:
-            config, labels, model.genes, tensors = read_folder(Path(folder))
+            config, labels, model.genes, tensors = read_folder(Path(folder).expanduser())
             given = config["config"]
             for name, kind in (("config", dict), ("history", dict), ("seed", int), ("fingerprint", str)):
                 if not isinstance(config[name], kind):

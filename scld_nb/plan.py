@@ -18,7 +18,7 @@ from .data import InputError
 from .evaluation import SPACES, compare, expression
 from .experiments import COUNTED, FIGURE4_METHODS, FUSION_NAMES, METHODS, SCORED, Study, TABLE5_METHODS, default_methods
 from .metrics import mmd_bandwidth
-from .model import SCLD, count_autoencoder_steps
+from .model import SCLD, count_autoencoder_steps, make_config
 from .scorer import n_to_generate
 from .training import TrainingError
 
@@ -99,7 +99,10 @@ def plan(study: Study, *, tables: Iterable[str] = ("3", "4", "5"), figures: Iter
     methods = default_methods() if methods is None else list(methods)
     if unknown := [m for m in methods if m not in METHODS]:
         raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
-    wanted = {"table3": methods if "3" in tables else [], "table4": [f for f in FUSION_NAMES if f != "add"] if "4" in tables else [],
+    rows3 = methods if "3" in tables else []
+    if "4" in tables and "scld_pre" not in rows3:
+        rows3 = [*rows3, "scld_pre"]                    # its first row
+    wanted = {"table3": rows3, "table4": [f for f in FUSION_NAMES if f != "add"] if "4" in tables else [],
               "table5": list(TABLE5_METHODS) if "5" in tables else [], "figure4": list(FIGURE4_METHODS) if "4" in figures else [],
               "figure5": ["omega"] if "5" in figures else []}
     missing = [(e, m, seed) for e, rows in wanted.items() for m in rows for seed in study.seeds if not _stored(study, e, m, seed)]
@@ -157,10 +160,10 @@ def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -
         return np.nan
     stages = {"autoencoder": b.ae_steps if variant == "add" else 0, "denoiser": b.steps}
     if variant == "counts":                             # its steps cost about as much as those of the paper's head
-        stages = {"autoencoder": count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
+        stages = {"autoencoder": study._count_ae_steps or count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
     seconds = sum(n * speed[k] if b.budget_s is None else min(n * speed[k], b.budget_s / 2) for k, n in stages.items())
     model_steps = b.sampling_steps or 1000
-    fakes = study.train.n_obs * model_steps * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
+    fakes = min(study.train.n_obs, make_config().scorer_cells) * model_steps * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
     return round(seconds + fakes, 1)
 
 

@@ -70,6 +70,7 @@ _KNOWN = {
     "tstr": _Measure("Train on synthetic, test on real", "labels", "macro-F1 of a classifier of labels", "high"),
     "memorisation": _Measure("Nearer to a training cell", "copies", "share of cells nearer to training than to held-out cells; 0.5 without copying", "half_above"),
     "membership_auc": _Measure("Guessing who was in the training set", "copies", "AUC of an attack from distances; 0.5: no success", "half_above"),
+    "copied": _Measure("Sitting on a training cell", "copies", "share of cells with a smaller distance ratio than 19 of 20 held-out cells; 0.05 without copying", "low"),
     "nndr": _Measure("Nearest over second nearest", "copies", "distance ratio; small where a cell sits on a training cell", "high"),
     "distance_to_train": _Measure("Distance to the nearest training cell", "copies", "control: to the nearest of equally many held-out cells", "nearness"),
 }
@@ -380,10 +381,10 @@ def html_page(report: Report, *, title: str | None = None) -> str:
         name = _KNOWN[hardest["metric"]].title.lower()
         against = f"; for real cells against real cells the same judge has {_number(hardest['control'])}" if hardest["control"] is not None else ""
         sentence = f"The judge that tells them apart best ({name}, {hardest['space']}) has an AUC of {_number(hardest['value'])}{against}."
-    copying = next((r for r in pooled if r["metric"] == "memorisation"), None)
+    copying = [r for r in pooled if r["metric"] in ("memorisation", "membership_auc", "copied", "nndr")]
     heading = html.escape(title) if title else f"Synthetic cells against real ones: {method}, {dataset}"
     privacy = (
-        "No sign of wholesale copying was found here, but that is no proof of privacy: " if copying and verdict(copying) == "like real"
+        "No sign of wholesale copying was found here, but that is no proof of privacy: " if copying and all(verdict(r) == "like real" for r in copying)
         else "Synthetic cells may lie close to training cells: see the measures above. They are no proof of privacy either way: " if copying
         else "Copying was not tested, because no training cells were given. Synthetic cells are not private for being synthetic: "
     ) + (
@@ -435,7 +436,7 @@ def write_html(report: Report, path, *, title: str | None = None) -> Path:
     InputError
         If the report holds no results or the name does not end in .html.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in (".html", ".htm"):
         raise InputError(f"path is {path}: give a name that ends in .html")
     page = html_page(report, title=title)

@@ -15,7 +15,7 @@ import torch
 from .data import InputError
 from .guidance import Denoiser, guided_eps
 from .schedules import Schedule
-from .training import counter_seed, reduced_precision
+from .training import TrainingError, counter_seed, reduced_precision
 
 # %% ../nbs/06_sampling.ipynb #c009
 SAMPLERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")
@@ -174,6 +174,8 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ------
     InputError
         For an unknown sampler, spacing or variance, or a number of steps outside ``1..T``.
+    TrainingError
+        If latents are not finite in the end.
 
     References
     ----------
@@ -206,6 +208,9 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
                 z, z0_before = dpmpp_step(plan, z, t, z0, z0_before, noise), z0
             if on_step is not None:
                 on_step(t)
+    if not bool(torch.isfinite(z).all()):
+        raise TrainingError(f"sampling ended in latents that are no finite numbers (sampler {sampler}, {plan.T} steps): the weights are damaged, or the "
+                            "noise schedule leaves too little of the signal; train again with the default schedule")
     return z
 
 # %% ../nbs/06_sampling.ipynb #c042

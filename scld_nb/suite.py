@@ -659,8 +659,9 @@ def tstr(
     Returns
     -------
     dict
-        "tstr" and "trtr": F1 of each label of the test cells that both sides can learn, and "all" for their mean
-        (macro-F1). "n": {"all": cells that each classifier learned from}. Empty dicts if fewer than 2 labels are left.
+        "tstr" and "trtr": F1 of each label of the test cells that the training cells teach, and "all" for their mean
+        (macro-F1); a label without synthetic cells has "tstr" 0. "n": {"all": synthetic cells learned from}. Empty dicts if fewer
+        than 2 labels were delivered.
 
     Raises
     ------
@@ -677,15 +678,20 @@ def tstr(
         raise InputError("fake, train and real differ in genes: give all three in the same gene order")
     rng = np.random.default_rng(seed)
     picked: dict[str, list[np.ndarray]] = {"fake": [], "train": []}
-    for label in np.unique(groups["fake"][1]):
+    n_fake, n_train = (len(groups[k][1]) for k in ("fake", "train"))
+    delivered = set(groups["fake"][1])
+    for label in [*np.unique(groups["fake"][1]), *(t for t in np.unique(groups["train"][1]) if t not in delivered)]:
         where = {k: np.flatnonzero(groups[k][1] == label) for k in picked}
         m = min(map(len, where.values()))
+        if label not in delivered:                      # the control learns it from as many cells as there should have been
+            picked["train"].append(rng.choice(where["train"], max(1, min(len(where["train"]), round(n_fake * len(where["train"]) / n_train))), replace=False))
+            continue
         for k, chosen in picked.items():
             chosen.append(rng.choice(where[k], m, replace=False))
     rows = {k: np.sort(np.concatenate(v)) if v else np.zeros(0, int) for k, v in picked.items()}
     learned = {k: groups[k][1][r] for k, r in rows.items()}
-    names = sorted(map(str, set(learned["fake"]) & set(groups["real"][1])), key=lambda t: (len(t), t))
-    if len(names) < 2:
+    names = sorted(map(str, set(learned["train"]) & set(groups["real"][1])), key=lambda t: (len(t), t))
+    if len(set(learned["fake"]) & set(names)) < 2:
         return {"tstr": {}, "trtr": {}, "n": {"all": len(rows["fake"])}}
     x_test, y_test = groups["real"]
     test = np.isin(y_test, names)
@@ -706,13 +712,15 @@ class Memorisation:
     Attributes
     ----------
     share
-        Share nearer to the training than to the held-out cells, ties one half; 0.5 is best.
+        Share nearer to the training than to equally many held-out cells, ties one half; 0.5 is best.
     to_train, to_heldout
         Distance of each synthetic cell to the nearest cell of either group.
     nndr
-        Median of nearest over second nearest distance to the training cells.
+        Median of nearest over second nearest distance, among all training cells.
     nndr_heldout
-        The same for held-out cells among the training cells: what honest cells have.
+        The same for held-out cells: what honest cells have.
+    copied
+        Share of synthetic cells whose ratio is smaller than that of nineteen in twenty held-out cells; 0.05 without copying.
     membership_auc
         Area of guessing training cells from exp(-distance to the nearest synthetic cell); 0.5 is best.
     n
@@ -726,15 +734,16 @@ class Memorisation:
     to_heldout: np.ndarray
     nndr: float
     nndr_heldout: float
+    copied: float
     membership_auc: float
     n: int
     n_reference: int
 
 
-def _ratio(squares: np.ndarray) -> float:
-    "Median of nearest over second nearest distance; 1 where both are 0."
+def _ratios(squares: np.ndarray) -> np.ndarray:
+    "Nearest over second nearest distance; 1 where both are 0."
     first, second = np.sqrt(squares).T
-    return float(np.median(np.divide(first, second, out=np.ones_like(first), where=second > 0)))
+    return np.divide(first, second, out=np.ones_like(first), where=second > 0)
 
 
 def membership_auc(members, others, fake, *, reference=None) -> float:
@@ -785,11 +794,11 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
     fake
         Synthetic cells in log1p, (n, n_genes), dense or CSR.
     train
-        Training cells; as many are drawn as there are held-out cells.
+        Training cells; as many are drawn as there are held-out cells, but for the ratios, which need all of them.
     heldout
         Real cells that were not used in training; as many are drawn as there are training cells, if those are fewer.
     n_pcs
-        Components, fitted on both drawn groups together.
+        Components, fitted on both drawn groups together, and for the ratios on training cells alone (at most 5,000).
     seed
         Seed of draws and solver.
 
@@ -813,7 +822,7 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
     small = min(groups, key=lambda k: groups[k].shape[0])
     if groups[small].shape[0] < 2:
         raise InputError(f"{small} has {groups[small].shape[0]} cells: at least 2 are needed")
-    m, rng = min(groups["train"].shape[0], groups["heldout"].shape[0]), np.random.default_rng(seed)
+    m, rng, everyone = min(groups["train"].shape[0], groups["heldout"].shape[0]), np.random.default_rng(seed), groups["train"]
     for k in ("train", "heldout"):
         if groups[k].shape[0] > m:
             groups[k] = groups[k][np.sort(rng.choice(groups[k].shape[0], m, replace=False))]
@@ -822,10 +831,13 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
         pca = _fit_pca(both, n_pcs, seed)
         points = {k: np.asarray(pca.transform(v), dtype=np.float64) for k, v in groups.items()}
         to_train, to_heldout = (_nearest(points["fake"], points[k], 2) for k in ("train", "heldout"))
-        honest = _nearest(points["heldout"], points["train"], 2)
+        own = np.sort(rng.permutation(everyone.shape[0])[:5000])       # the ratios' basis knows neither held-out nor synthetic cells
+        basis = _fit_pca(everyone[own], n_pcs, seed)
+        ground, *others = (np.asarray(basis.transform(v), dtype=np.float64) for v in (everyone, groups["fake"], groups["heldout"]))
+        ratios, honest = (_ratios(_nearest(x, ground, 2)) for x in others)
     a, b = np.sqrt(to_train[:, 0]), np.sqrt(to_heldout[:, 0])
     near, far = (a < b) & ~np.isclose(a, b, rtol=1e-9, atol=1e-9), np.isclose(a, b, rtol=1e-9, atol=1e-9)
     return Memorisation(
-        share=float(np.mean(near + 0.5 * far)), to_train=a, to_heldout=b, nndr=_ratio(to_train), nndr_heldout=_ratio(honest),
-        membership_auc=membership_auc(points["train"], points["heldout"], points["fake"]), n=len(a), n_reference=m,
+        share=float(np.mean(near + 0.5 * far)), to_train=a, to_heldout=b, nndr=float(np.median(ratios)), nndr_heldout=float(np.median(honest)),
+        copied=float(np.mean(ratios < np.quantile(honest, 0.05))), membership_auc=membership_auc(points["train"], points["heldout"], points["fake"]), n=len(a), n_reference=m,
     )

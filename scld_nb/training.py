@@ -84,6 +84,25 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 # %% ../nbs/05_training.ipynb #c009
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+_precision_lock, _precisions = threading.Lock(), [""]        # of the products: that of the user, and those asked for now
+
+
+@contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """PyTorch's precision of products belongs to the whole process: the last block that asks has it, and the last to end puts the user's back."""
+    with _precision_lock:
+        if len(_precisions) == 1:
+            _precisions[0] = torch.get_float32_matmul_precision()
+        _precisions.append(precision)
+        torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _precisions.reverse()
+            _precisions.remove(precision)
+            _precisions.reverse()
+            torch.set_float32_matmul_precision(_precisions[-1])
 
 
 @contextmanager
@@ -110,12 +129,8 @@ def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):   # weights change within the block
             yield
     elif (device.type, precision) in (("cpu", "bf16"), ("cuda", "auto"), ("cuda", "tf32")):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
-        try:
+        with _products_in("medium" if device.type == "cpu" else "high"):
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
     else:
         yield
 
@@ -538,10 +553,20 @@ def _follow(average: list[torch.Tensor], parameters: tuple[torch.Tensor, ...], w
             torch._foreach_lerp_(average, parameters, weight)
 
 
+@contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout is on within the block, and off afterwards however it ends."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, seed: int, stage: str,
         device: torch.device, lr: float = 1e-3, weight_decay: float = 0.01, ema: float | None = 0.999,
         clip: float | None = 1.0, precision: str = "auto", lr_schedule: str = "constant", budget_s: float | None = None, checkpoint: Path | None = None,
-        checkpoint_every: int = 1000, resume: bool = False, fingerprint: str = "",
+        checkpoint_every: int = 1000, resume: bool = False, fingerprint: str = "", basis: str | None = None,
         show: bool | None = None, batch: int | None = None,
         inputs_of: Callable[[int], Sequence[torch.Tensor]] | None = None) -> FitResult:
     r"""Minimise ``loss_of(step)`` with AdamW; everything random is a function of (seed, stage, step).
@@ -578,6 +603,8 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
         File and interval of the checkpoints, and whether to continue from the file if it exists.
     fingerprint
         Identifies data and settings; a checkpoint with another one is refused.
+    basis
+        Identifies what the stage builds on, such as the weights of the autoencoder; a checkpoint with another one is refused.
     show
         Progress bar, see `progress_bar`.
     inputs_of
@@ -609,7 +636,7 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device) if cuda else lr, weight_decay=weight_decay,
                                   fused=device.type in ("cpu", "cuda"), capturable=cuda)
     average = [p.detach().clone() for p in parameters] if ema else []
-    identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint}
+    identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint} | ({} if basis is None else {"autoencoder": basis})
     losses: list[torch.Tensor] = []
     pending: list[float] = []
     result, saved = FitResult(), 0
@@ -666,8 +693,7 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     terminate, interrupt, spent = 0.0, 0.0, 0.0      # the largest wishes of all processes, as numbers
     behind, share = torch.zeros((), device=device), 0.0      # weight of a step in the average, for a recorded step and for others
     recorded = Recorded(update, device, usual=3 if team.size == 1 else None)
-    model.train()
-    with progress_bar(steps, stage, show=show) as bar, kept_generators(device), stop_on_sigterm(terminated), \
+    with progress_bar(steps, stage, show=show) as bar, _in_training_mode(model), kept_generators(device), stop_on_sigterm(terminated), \
             stop_on_ctrl_c(ctrl_c, echo_s=5.0 if team.size > 1 else 0.0), reduced_precision(device, precision):
         bar.update(min(start, steps))
         try:
@@ -716,7 +742,6 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
         with torch.no_grad():
             for p, a in zip(parameters, average):
                 p.copy_(a)
-    model.eval()
     return result
 
 # %% ../nbs/05_training.ipynb #c056

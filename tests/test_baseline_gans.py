@@ -84,11 +84,14 @@ def test_fused_critic_loss_equals_the_definition_and_so_do_its_gradients(n, gene
     plain, classed = Critic(genes, widths=(9, 7, 5)).double(), ConditionalCritic(genes, 3, widths=(9, 7, 5)).double()
     real, fake = noise_like(n, genes, seed=seed), noise_like(n, genes, seed=seed + 1)
     a, y, y_fake = torch.rand(n, 1, dtype=torch.float64), torch.randint(3, (n,)), torch.randint(3, (n,))
+    ends = noise_like(n, genes, seed=seed + 2)
     cases = [
         (plain, {}, plain(fake).mean() - plain(real).mean() + weight * gradient_penalty(plain, real, fake, a)),
         # points between a real and a generated cell are judged as the class of the real one
         (classed, {"classes": y, "fake_classes": y_fake}, classed(fake, y_fake).mean() - classed(real, y).mean()
          + weight * gradient_penalty(lambda x: classed(x, y), real, fake, a)),
+        (classed, {"classes": y, "fake_classes": y_fake, "ends": ends}, classed(fake, y_fake).mean() - classed(real, y).mean()
+         + weight * gradient_penalty(lambda x: classed(x, y), real, ends, a)),
     ]
     for critic, classes, wanted in cases:
         found = critic_loss(critic, real, fake, a, penalty=weight, **classes)
@@ -97,6 +100,33 @@ def test_fused_critic_loss_equals_the_definition_and_so_do_its_gradients(n, gene
         for g, w in zip(torch.autograd.grad(found, parameters, allow_unused=True, materialize_grads=True),
                         torch.autograd.grad(wanted, parameters, allow_unused=True, materialize_grads=True), strict=True):
             assert torch.allclose(g, w, atol=1e-9)
+
+
+def test_lines_of_the_penalty_end_in_cells_of_the_class_they_begin_in(cells, monkeypatch):
+    fitted = CscGAN(steps=1, device="cpu", progress=False)
+    asked, losses = [], []
+    monkeypatch.setattr(scgan, "critic_loss", lambda critic, real, fake, a, **given: losses.append(given) or critic.first.weight.sum() * 0)
+    networks = fitted._networks
+
+    def watched(n_genes):
+        generator, critic = networks(n_genes)
+        generator.register_forward_pre_hook(lambda _, given: asked.append(given))
+        return generator, critic
+
+    monkeypatch.setattr(fitted, "_networks", watched)
+    fitted.fit(cells, "cell_type")
+    pairs = list(zip(asked[0:10:2], asked[1:10:2], losses[:5], strict=True))
+    for (z, own), (again, classes), told in pairs:
+        assert torch.equal(z, again) and torch.equal(own, told["fake_classes"]) and torch.equal(classes, told["classes"])
+    assert any(not torch.equal(own, classes) for (_, own), (_, classes), _ in pairs)
+
+
+def test_first_weights_of_the_critic_are_the_released_ones():
+    torch.manual_seed(0)
+    critic = ConditionalCritic(17789, 5)
+    assert critic.first.weight.std().item() == pytest.approx((4 / (17789 + 1024)) ** 0.5, rel=0.01)
+    assert critic.linears[0].weight.std().item() == pytest.approx((4 / (1024 + 512)) ** 0.5, rel=0.01)
+    assert critic.out.scores.weight.abs().max().item() <= (6 / (256 + 5)) ** 0.5
 
 
 def test_signs_of_the_losses():
@@ -153,7 +183,7 @@ def test_networks_have_the_published_shape():
     bound = (6 / (128 + 256)) ** 0.5                     # Xavier, uniform; the others He, normal
     assert np.abs(hidden).max() <= bound and hidden.std() == pytest.approx(bound / 3**0.5, rel=0.05)
     assert last.std() == pytest.approx((4 / (1024 + 7)) ** 0.5, rel=0.05)
-    assert judge.std() == pytest.approx((2 / 1024) ** 0.5, rel=0.05)
+    assert judge.std() == pytest.approx((4 / (1024 + 512)) ** 0.5, rel=0.05)
 
 
 def test_generator_by_hand():

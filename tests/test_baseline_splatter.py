@@ -260,6 +260,17 @@ def test_outliers_survive_the_round_trip():
     assert found.outlier_prob == pytest.approx(0.06, abs=0.025) and found.outlier_loc == pytest.approx(4.0, abs=0.5)
 
 
+def test_genes_of_a_single_cell_do_not_shape_the_means():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2.0, 2.0, 200) + 0.5, (60, 200))
+    rare = np.zeros((60, 100), int)
+    rare[rng.integers(60, size=100), np.arange(100)] = 1
+    plain, more = (splatter.estimate_splat(c) for c in (counts, np.hstack([counts, rare])))
+    for name in ("mean_shape", "mean_rate"):
+        assert getattr(more, name) == pytest.approx(getattr(plain, name), rel=0.05), name
+    assert splatter.estimate_splat(np.eye(60, 200, dtype=int) + np.eye(60, 200, k=60, dtype=int)).n_genes == 200
+
+
 def test_estimation_refuses_what_it_cannot_use():
     y = negative_binomial(0.2, n=20, n_genes=30)
     for options, message in (

@@ -201,6 +201,55 @@ def test_a_scorer_tells_shuffled_from_real(cells):
     assert baselines.score(scorer, fakes[:0], device=torch.device("cpu")).shape == (0,)
 
 
+def test_a_refused_refit_leaves_nothing_to_sample_from(cells):
+    fitted = make_baseline("cscgan", steps=1, device="cpu", progress=False).fit(cells, "cell_type")
+    assert fitted.sample(2, "T").n_obs == 2
+    few = cells[np.r_[np.flatnonzero(cells.obs["cell_type"] == "T"), np.flatnonzero(cells.obs["cell_type"] == "B")[:1]]].copy()
+    with pytest.raises(InputError, match="at least 2 cells of every class"):
+        fitted.fit(few, "cell_type")
+    with pytest.raises(InputError, match="is not fitted"):
+        fitted.sample(3, "T")
+
+
+def test_labels_that_read_alike_are_refused(cells):
+    mixed = cells.copy()
+    mixed.obs["mixed"] = pd.Categorical([1 if i % 2 else "1" for i in range(mixed.n_obs)], categories=[1, "1"])
+    with pytest.raises(InputError, match="two labels that read '1'"):
+        make_baseline("random").fit(mixed, "mixed")
+
+
+def test_losses_are_those_of_the_last_fit(cells):
+    fitted = make_baseline("scgan", steps=1, device="cpu", progress=False).fit(cells)
+    once = len(fitted.history["losses"])
+    assert len(fitted.fit(cells).history["losses"]) == once > 0
+
+
+def test_random_rounds_of_two_seeds_differ():
+    few = ad.AnnData(sp.csr_matrix(np.random.default_rng(0).poisson(3.0, (3, 8)).astype(np.float32) + 1))
+    one, two = (make_baseline("random", seed=s).fit(few).sample(n).X.toarray() for s, n in ((0, 3003), (1, 3)))
+    assert not (one[3000:] == two).all()
+
+
+@pytest.mark.parametrize("make", ["baseline", "scorer"])
+def test_generators_of_the_user_are_left_alone(make, cells, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the generators of the GPUs are not ours to set"))
+    kept = torch.get_rng_state()
+
+    def weights(seed):
+        if make == "scorer":
+            reader = CellReader(counts_matrix(cells[:40]))
+            monkeypatch.setattr(baselines, "train_scorer", lambda *_, **__: {})
+            network = baselines.fit_scorer(reader, reader.read_sparse(np.arange(40)), seed=seed, device=torch.device("cpu"))[0]
+        else:
+            fitted = make_baseline("scgan", seed=seed, steps=1, device="cpu", progress=False).fit(cells)
+            network = next(v for v in vars(fitted).values() if isinstance(v, torch.nn.Module))
+        return torch.cat([p.detach().ravel() for p in network.parameters()])
+
+    first = weights(0)
+    assert torch.equal(first, weights(0)) and not torch.equal(first, weights(1))
+    assert torch.equal(torch.get_rng_state(), kept)
+
+
 def test_weights_are_counted(cells):
     fitted = make_baseline("scgan", steps=1, device="cpu", progress=False).fit(cells)
     networks = [v for v in vars(fitted).values() if isinstance(v, torch.nn.Module)]

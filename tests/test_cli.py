@@ -250,12 +250,12 @@ def test_evaluate_without_folder_prints_only(trained, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     assert call(f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5 --quick") == 0
     out, err = capsys.readouterr()
-    assert "rf_auc" in out and "strict" not in out and "halves of the real cells" in out and "wrote" not in out and err == ""
+    assert "rf_auc" in out and "strict" not in out and "as no training cells were given" in out and "wrote" not in out and err == ""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluate_leaves_files_on_disk(trained, capsys, monkeypatch):
-    line = f"evaluate {trained}/test.h5ad {trained}/train.h5ad --n-trees 5 --quick"
+    line = f"evaluate {trained}/test.h5ad {trained}/train.h5ad --train {trained}/train.h5ad --n-trees 5 --quick"
     assert call(f"{line} --n-max 50") == 0 and "n_real = n_fake = 50" in (drawn := capsys.readouterr().out)
     monkeypatch.setattr(data, "_read_h5ad", lambda path: pytest.fail(f"{path} was read whole"))
     assert call(f"{line} --n-max 50 --backed") == 0 and "50 of 320 cells of synth were read" in (read := capsys.readouterr().out)
@@ -793,3 +793,96 @@ def test_kernels_that_are_refused(refuse, tmp_path, monkeypatch, line, message):
 def test_a_kernel_needs_ipykernel(refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel.kernelspec", None)
     assert "pip install 'scld-nb[notebook]'" in refuse("kernel install --prefix k")
+
+
+# ---- files of somebody else
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("options", ["", "--no-split", "--overwrite"])
+@pytest.mark.parametrize(("name", "message"), [
+    ("train.h5ad", "train.h5ad holds the cells to train on and would be replaced; choose another folder with -o"),
+    ("mine.h5ad", "holds genes.txt but no model, and it would be replaced; choose another folder with -o")])
+def test_files_that_are_no_models_are_not_touched(files, tmp_path, refuse, name, message, options):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(files / "cells.h5ad", mine / name)
+    for other in ("genes.txt", "labels.json", ".notes.tmp") if name == "mine.h5ad" else ("test.h5ad",):
+        (mine / other).write_text("of somebody")
+    before = listing(mine)
+    assert message in refuse(f"train {mine / name} -o {mine} --labels cell_type --steps 2 --device cpu {options} {SETTINGS}")
+    assert listing(mine) == before
+
+
+def test_unrelated_temporary_files_stay(files, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / ".notes.tmp").write_text("of somebody")
+    assert call(f"train {files}/cells.h5ad -o {folder} --labels cell_type --steps 2 --device cpu {SETTINGS}") == 0
+    assert (folder / ".notes.tmp").read_text() == "of somebody" and SCLD.load(folder, device="cpu").genes
+
+
+def test_training_cells_of_a_model_do_not_train_its_successor_in_place(trained, tmp_path, refuse):
+    shutil.copytree(trained, tmp_path / "model")
+    before = listing(tmp_path / "model")
+    said = refuse(f"train model/train.h5ad -o model --overwrite --labels cell_type --steps 2 --device cpu {SETTINGS}")
+    assert "holds the cells to train on" in said and listing(tmp_path / "model") == before
+
+
+def test_a_link_into_nowhere_is_no_folder(files, tmp_path, refuse):
+    (tmp_path / "drive").symlink_to(tmp_path / "not mounted")
+    said = refuse(f"train {files}/cells.h5ad -o drive --labels cell_type --steps 2 --device cpu {SETTINGS}")
+    assert "drive is a link to" in said and "which is not there" in said
+
+
+def test_the_home_folder_may_be_written_short(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert call(f"train {files}/cells.h5ad --output=~/model --labels cell_type --steps 2 --device cpu {SETTINGS}") == 0
+    assert call("sample ~/model -n 30 --output=~/cells.h5ad") == 0
+    assert call("evaluate ~/model/test.h5ad ~/cells.h5ad --quick --output=~/report".replace("~/model/test.h5ad ~/cells.h5ad", "model/test.h5ad cells.h5ad")) == 0
+    assert (tmp_path / "report/report.html").exists() and not (tmp_path / "~").exists()
+    model = SCLD.load("~/model", device="cpu")
+    model.save("~/again")
+    model.sample_to("~/more.h5ad", 5, progress=False)
+    assert {"again", "more.h5ad"} <= {p.name for p in tmp_path.iterdir()} and not (tmp_path / "~").exists()
+
+
+def test_notes_are_said_as_a_module_too(tmp_path):
+    planted_cells(120, n_genes=14, seed=3).write_h5ad(tmp_path / "few.h5ad")
+    done = subprocess.run([sys.executable, "-m", "scld_nb.cli", *shlex.split(
+        f"train few.h5ad -o model --labels cell_type --steps 2 --device cpu {SETTINGS}")], cwd=tmp_path, capture_output=True, text=True)
+    assert "scld: note: " in done.stderr and "are left out, they have fewer than 10 genes" in done.stderr, done.stderr
+
+
+def test_labels_named_split_are_refused(tmp_path, refuse):
+    cells = planted_cells(120, seed=3)
+    cells.obs["split"] = cells.obs["cell_type"]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for more in ("", "--backed"):
+        said = refuse(f"train cells.h5ad -o model --labels split --steps 2 --device cpu {more} {SETTINGS}")
+        assert said == "labels in obs['split'] would be replaced by the names of the parts; give that column another name"
+
+
+def test_a_wrong_label_leaves_no_folder(trained, tmp_path, refuse):
+    assert "unknown label 'Z'" in refuse(f"sample {trained} -n 30 --chunk-size 10 -o new/cells.h5ad --label Z")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_next_commands_can_be_pasted(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(f"train {files}/cells.h5ad --labels cell_type --steps 2 --device cpu {SETTINGS}"), "-o", "my model"]) == 0
+    hint = capsys.readouterr().out.split("next: ")[1]
+    assert shlex.split(hint.splitlines()[0])[:3] == ["scld", "sample", "my model"]
+
+
+def test_counts_in_x_can_be_asked_for_by_name(tmp_path):
+    cells = planted_cells(120, seed=3)
+    cells.layers["counts"] = cells.X.log1p()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert (data.counts_matrix(cells, layer="X") != cells.X).nnz == 0
+    loaded = data.load(tmp_path / "cells.h5ad", labels="cell_type", layer="X")
+    assert loaded.layers["counts"].data.max() == cells.X.data.max()

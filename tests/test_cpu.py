@@ -240,3 +240,16 @@ def test_the_last_uniform_number_ends_the_sum():
     for log_mu in (-9.0, 0.0, 4.0):
         for log_r in (-6.0, 0.0, 8.0):
             assert 1 <= cpu._quantile(1.0 - 2.0**-53, log_mu, log_r, math.inf) < 1e6
+
+
+@pytest.mark.parametrize("r", [0.05, 1.0, 20.0, 130.0, 2000.0])
+@pytest.mark.parametrize("mu", [0.02, 1.0, 20.0, 37.0, 45.0, 60.0, 63.9, 70.0, 300.0])
+def test_draws_have_the_mean_and_the_quantiles_of_the_law(mu, r):
+    n = 4000
+    shape = (n, 1)
+    x = draw_counts_cpu(torch.full(shape, math.log(mu)), torch.full(shape, math.log(r)), generator=torch.Generator().manual_seed(0)).double().numpy().ravel()
+    law = stats.nbinom(r, r / (r + mu))
+    assert abs(x.mean() - mu) < 5 * law.std() / n**0.5
+    for q in (0.02, 0.1, 0.5, 0.9, 0.98):
+        edge = law.ppf(q)
+        assert abs((x <= edge).mean() - law.cdf(edge)) < 5 * (0.25 / n) ** 0.5

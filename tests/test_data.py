@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
+from conftest import planted_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -491,7 +492,7 @@ def test_log_like_layer_is_named():
 
 def test_slots_that_are_not_there():
     adata = as_adata([[1, 2]])
-    with pytest.raises(InputError, match="no layer 'umi'; layers there: none; leave layer out to use X"):
+    with pytest.raises(InputError, match="no layer 'umi'; layers there: none; give 'X' for X itself"):
         counts_matrix(adata, layer="umi")
     with pytest.raises(InputError, match=r"X is empty \(0 cells x 3 genes\)"):
         counts_matrix(as_adata(np.zeros((0, 3))))
@@ -625,7 +626,7 @@ def test_the_filters_keep_what_just_reaches_them():
 
 
 def test_nothing_left():
-    with pytest.raises(InputError, match="nothing is left of 2 x 2; lower min_genes or min_cells"):
+    with pytest.raises(InputError, match="nothing is left of 2 x 2; give cells with more genes"):
         preprocess(as_adata([[1, 2], [3, 4]]))
     with pytest.raises(InputError, match="without a single count"):
         preprocess(as_adata([[1, 2], [0, 0]]), min_genes=0, min_cells=1)
@@ -1010,3 +1011,23 @@ def test_facts_of_a_generated_file(tmp_path):
     assert told["raw_shape"] == [53, 40] and told["shape"][0] == 50 and told["sha256"] == file_sha256(path)
     assert DatasetInfo("n", **told).n_test == 4 and io.BytesIO(path.read_bytes()).read(4) == b"\x89HDF"
     assert Path(told["url"]).name == "n.h5"
+
+
+def test_the_two_matrices_of_loaded_cells_share_no_memory(tmp_path):
+    cells = planted_cells(120, seed=3)
+    cells.X.data[::7] = 0                                               # stored zeros, as after rounding
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    loaded = load(tmp_path / "cells.h5ad", labels="cell_type")
+    before = loaded.layers["counts"].toarray()
+    sc.pp.calculate_qc_metrics(loaded, inplace=True, percent_top=None)  # removes stored zeros of X in place
+    assert (loaded.layers["counts"].toarray() == before).all()
+    assert not np.shares_memory(loaded.X.indices, loaded.layers["counts"].indices)
+
+
+def test_labels_with_raised_digits_can_be_split():
+    cells = planted_cells(60, seed=3)
+    cells.obs["dose"] = np.where(np.arange(60) % 2, "10²", "10")
+    train, test = split(cells, stratify="dose")
+    assert set(test.obs["dose"]) == {"10", "10²"} and train.n_obs == 48
+    cells.obs["dose"] = np.where(np.arange(60) % 2, "²", "1")
+    assert split(cells, stratify="dose")[1].n_obs == 12

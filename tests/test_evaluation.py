@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 
 from scld_nb.data import InputError, library_normalize
@@ -229,17 +230,55 @@ def test_controls_of_another_comparison_are_refused(groups, report, change, opti
     assert message in str(error.value)
 
 
-def test_without_training_cells_halves_are_compared(groups):
+def test_without_training_cells_result_and_control_have_the_same_n(groups):
     real, fake, _ = groups
     found = evaluate(real, synthetic(fake), spaces=["log1p"], **QUICK)
-    assert all(r["control_n"] == 30 and r["n"] == 60 for r in found.records)
-    assert "halves of the real cells, 30 against 30" in str(found)
+    assert all(r["control_n"] == r["n"] == 30 for r in found.records)
+    assert "30 real cells against 30 other real cells, as no training cells were given" in str(found)
+    few = evaluate(real, synthetic(fake[:20].copy()), spaces=["log1p"], negative=False, **QUICK)
+    assert all(r["control_n"] == r["n"] == 20 for r in few.records)
+    again = evaluate(real, synthetic(fake), spaces=["log1p"], controls=found.controls, **QUICK)
+    assert again.records == found.records
+    with pytest.raises(InputError, match="only 4 cells a side can be compared .9 real, half of them for the control"):
+        evaluate(real[:9].copy(), synthetic(fake), **QUICK)
+    with pytest.raises(InputError, match="only 2 real cells are left for the control"):
+        make_controls(expression(real, "counts20k"), n=58)
 
 
 def test_fewer_training_cells_are_said(groups):
     real, fake, train = groups
     found = evaluate(real, synthetic(fake), train=train[:40].copy(), spaces=["log1p"], negative=False, **QUICK)
-    assert all(r["control_n"] == 40 for r in found.records) and "only 40 training cells" in str(found)
+    assert all(r["control_n"] == 40 for r in found.records) and "40 training cells (there are only 40: compare with n=60 with care)" in str(found)
+
+
+def test_labels_of_another_kind_get_controls_of_their_own(groups):
+    real, fake, train = (part.copy() for part in groups)
+    for k, part in enumerate((real, fake, train)):                    # the same names, but another meaning among training cells
+        part.obs["other"] = part.obs["type"].cat.rename_categories({"a": "b", "b": "a"}) if k == 2 else part.obs["type"]
+    options = {"train": train, "min_cluster": 10, "spaces": ["log1p"], "negative": False} | QUICK
+    known = evaluate(real, synthetic(fake), labels_key="type", **options).controls
+    fresh = evaluate(real, synthetic(fake), labels_key="other", **options)
+    reused = evaluate(real, synthetic(fake), labels_key="other", controls=known, **options)
+    assert reused.records == fresh.records and fresh.value("rf_auc", cluster="c") is not None
+    control = {r["cluster"]: r["control"] for r in fresh.records if r["metric"] == "rf_auc"}
+    assert control["a"] > 0.8 > control["c"]
+
+
+def test_twins_of_one_label_share_folds_too():
+    real = cells(240, seed=1)
+    thinned = real.copy()
+    thinned.X.data = np.random.default_rng(0).binomial(thinned.X.data.astype(int), 0.9).astype(np.float32)
+    thinned.X.eliminate_zeros()
+    options = {"train": cells(400, seed=3), "labels_key": "type", "spaces": ["counts20k"], "negative": False} | QUICK
+    areas = {paired: [r["value"] for r in evaluate(real, synthetic(thinned, "counts", thinned.X), paired=paired, **options).records
+                      if r["metric"] == "rf_auc" and r["cluster"] != "all"] for paired in (False, True)}
+    assert min(areas[True]) > 0.3 > max(areas[False])
+
+
+def test_few_judged_cells_and_labels(groups):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake), train=train, labels_key="type", min_cluster=10, n_judge=8, spaces=["log1p"], negative=False, **QUICK)
+    assert {r["n"] for r in found.records if r["cluster"] != "all"} == {10}
 
 
 def test_cells_in_both_groups_are_said(groups):
@@ -311,7 +350,7 @@ def test_progress_is_quiet_in_notebook_tests(groups, capfd, monkeypatch):
         ({"n_trees": 0}, "n_trees is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"n_max": 4}, "only 4 cells a side"),
-        ({"n_max": 9}, "at least 10"),
+        ({"n_max": 4}, "at least 5"),
         ({"train": cells(3)}, "train has 3 cells"),
         ({"labels_key": "kind"}, "real.obs has no column 'kind': it has type"),
         ({"train": cells(30, genes=30)}, "train lacks 10 of 40 genes"),
@@ -436,9 +475,20 @@ def test_twins_of_two_files_stay_together(files, groups, tmp_path):
     real, fake, _ = groups
     synthetic(real, "counts", real.X * 2).write_h5ad(tmp_path / "twins.h5ad")
     report = evaluate(files["real"], tmp_path / "twins.h5ad", paired=True, n_max=40, negative=False, **QUICK)
-    assert report.value("mmd_biased") < 1e-6                   # twice the counts is the same cell: the same rows were drawn
+    assert abs(report.value("mmd_unbiased_squared")) < 1e-9     # twice the counts is the same cell: the same rows were drawn
     with pytest.raises(InputError, match="paired cells need equal numbers, got 60 real and 90 synthetic"):
         evaluate(files["real"], files["synth"], paired=True, n_max=20, **QUICK)
+
+
+def test_cells_that_were_normalised_after_they_were_drawn_are_refused(groups):
+    real, fake, _ = groups
+    drawn = synthetic(fake, "counts", fake.X.copy())
+    logged = drawn.copy()
+    sc.pp.normalize_total(logged)
+    for part, message in ((logged, "synth.X holds non-integer values.*was X changed since"), (sc.pp.log1p(logged, copy=True), "log-transformed after the cells were drawn")):
+        with pytest.raises(InputError, match=message) as error:
+            evaluate(real, part, **QUICK)
+        assert "synth" in str(error.value)
 
 
 def test_what_a_generated_file_holds_is_in_x(files, groups, tmp_path):

@@ -8,6 +8,7 @@ from test_evaluation import QUICK, cells, synthetic
 
 from scld_nb.data import InputError, library_normalize
 from scld_nb.evaluation import COLUMNS, Report, evaluate, expression
+from scld_nb.report import verdict, write_html
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ SUITE = {
     "lisi", "ilisi", "ks_mean", "ks_variance", "ks_cv", "ks_zeros", "gene_correlation", "gene_correlation_gap", "mean_pearson", "mean_spearman",
 }
 WITH_LABELS = {"marker_pearson", "marker_jaccard", "tstr"}
-WITH_TRAIN = {"memorisation", "membership_auc", "nndr", "distance_to_train"}
+WITH_TRAIN = {"memorisation", "membership_auc", "copied", "nndr", "distance_to_train"}
 
 
 def metrics_of(report):
@@ -81,11 +82,36 @@ def test_copies_are_found(groups):
     assert not metrics_of(found) & WITH_LABELS
 
 
+def test_copies_are_found_among_many_training_cells(tmp_path):
+    real, train = cells(120, seed=1), cells(3000, seed=3)
+    fake = train[np.sort(np.random.default_rng(0).permutation(3000)[:120])].copy()
+    options = {"train": train, "suite": True, "negative": False, "spaces": ["log1p"]} | QUICK
+    thief, honest = (evaluate(real, synthetic(x), **options) for x in (fake, cells(120, seed=4)))
+    for found, copied in ((thief, True), (honest, False)):
+        assert verdict(next(r for r in found.records if r["metric"] == "memorisation")) == "like real"      # too few are looked at
+        assert (found.value("copied") > 0.9) == (found.value("nndr") < 0.1) == copied
+        assert ("No sign of" not in write_html(found, tmp_path / "r.html").read_text()) == copied
+
+
+def test_what_looks_for_the_nearest_cell_is_left_out_for_twins(groups):
+    real, _, train = groups
+    found = evaluate(real, synthetic(real), train=train, suite=True, paired=True, negative=False, spaces=["log1p"], **QUICK)
+    assert not metrics_of(found) & (WITH_TRAIN | {"precision", "recall", "density", "coverage", "wasserstein1", "ilisi"})
+    assert metrics_of(found) >= {"strict_forest", "combined", "ks_mean", "gene_correlation"} and "its own original" in str(found)
+
+
+def test_a_label_that_was_not_delivered_is_said_and_counts(groups):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake[fake.obs["type"] != "c"].copy()), train=train, labels_key="type", min_cluster=10, suite=True, negative=False,
+                     spaces=["log1p"], **QUICK)
+    assert found.value("tstr", cluster="c") == 0 and "no synthetic cell is labelled type c: F1 0 there in tstr" in str(found)
+
+
 def test_suite_without_training_cells(groups):
     real, fake, _ = groups
     found = evaluate(real, synthetic(fake), labels_key="type", suite=True, negative=False, **QUICK)
     assert not metrics_of(found) & (WITH_TRAIN | WITH_LABELS) and "no training cells were given" in str(found)
-    assert next(r for r in found.records if r["metric"] == "coverage")["control_n"] == 30 and "distances" not in found.details
+    assert next(r for r in found.records if r["metric"] == "coverage")["control_n"] == 30 and "distances" not in found.details and all(r["n"] <= 30 for r in found.records)
 
 
 def test_suite_controls_are_reused(groups, whole, monkeypatch):
@@ -123,7 +149,7 @@ def test_trees_depend_on_the_number_of_cells(groups, monkeypatch):
     for options, trees in (({}, "1000"), ({"suite": True}, "1000"), ({"n_trees": 7}, "7")):
         with pytest.raises(RuntimeError, match=f"^{trees}$"):
             evaluate(real, synthetic(fake), progress=False, **options)
-    big = cells(2500, genes=8, seed=5)
+    big = cells(5000, genes=8, seed=5)
     with pytest.raises(RuntimeError, match="^100$"):
         evaluate(big, synthetic(big), suite=True, progress=False)
 

@@ -159,6 +159,17 @@ def test_verdicts_say_why_there_is_nothing_to_compare():
     assert ex.verdict(0.9, 0.1, 129.52, metric="MMD") == "not comparable: the kernel allows at most 2.45"
     assert ex.verdict(0.9, 0.1, 0.9, metric="MMD", cut="5 of 10 steps") == "not comparable: 5 of 10 steps"
     assert ex.verdict(np.nan, np.nan, 0.9, failed="needs labels") == "not run: needs labels"
+    assert ex.verdict(0.9, 0.01, 0.9, failed="one seed of three ran out of memory") == "reproduced within tolerance"
+
+
+@pytest.mark.parametrize(("ours", "paper", "expected"), [(0.30, 0.51, "worse"), (0.05, 0.64, "worse"), (0.45, 0.64, "better"), (0.36, 0.64, "as far from 0.5")])
+def test_an_area_is_best_at_a_half(ours, paper, expected):
+    assert ex.verdict(ours, 0.0, paper) == expected
+
+
+def test_results_of_other_autoencoder_steps_are_others(tmp_path):
+    short, long = (ex.Study(root=tmp_path, ae_steps=n, device="cpu", progress=False) for n in (500, 3000))
+    assert all(short.settings(m) != long.settings(m) for m in ex.COUNTED)
 
 
 def test_the_scorer_stands_behind_every_corner_of_the_ablation(lines3):

@@ -726,3 +726,24 @@ def test_a_full_disk_is_said_before_training(file, tmp_path, monkeypatch, capsys
     assert call(f"train {file} -o {tmp_path}/m --labels cell_type --steps 2 --device cpu {SET} --backed") == 2
     assert "MiB free, training needs about" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_names_that_may_be_missing_are_read_as_well(tmp_path):
+    cells = planted_cells(60, seed=3)
+    cells.obs.index = cells.obs.index.astype("string")
+    before = ad.settings.allow_write_nullable_strings
+    try:
+        ad.settings.allow_write_nullable_strings = True
+        cells.write_h5ad(tmp_path / "cells.h5ad")
+    finally:
+        ad.settings.allow_write_nullable_strings = before
+    found = open_cells(tmp_path / "cells.h5ad")
+    assert found.n_obs == 60 and found.names(np.array([3, 7])) == [cells.obs_names[3], cells.obs_names[7]]
+
+
+def test_a_label_column_may_be_called_place(tmp_path):
+    cells = planted_cells(60, seed=3)
+    cells.obs["place"] = cells.obs["cell_type"]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    train, test = split_on_disk(load_on_disk(tmp_path / "cells.h5ad", labels="place"))
+    assert set(train.obs("place")["place"]) == {"B", "NK", "T"} and train.n_obs + test.n_obs == 60

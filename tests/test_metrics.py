@@ -211,6 +211,24 @@ def test_mmd_equals_a_double_loop(weight):
     assert (found.n, found.bandwidth, found.weight) == (23, 1.7, weight)
 
 
+@pytest.mark.parametrize("n", [23, 1100])
+def test_mmd_of_twins_leaves_the_twins_out(n):
+    rng = np.random.default_rng(0)
+    real = rng.normal(100, 1, size=(n, 4))
+    twins = real + rng.normal(0, 0.3, size=(n, 4))
+
+    def kernel(x, y):
+        return sum(np.exp(-cdist(x, y, "sqeuclidean") / s**2) for s in (0.85, 1.7, 3.4))
+
+    across = kernel(real, twins)
+    across = (across.sum() - np.trace(across)) / (n * (n - 1))
+    own = [kernel(x, x) for x in (real, twins)]
+    found = mmd(sp.csr_matrix(real), sp.csr_matrix(twins), bandwidth=1.7, paired=True)
+    assert found.biased**2 == pytest.approx(own[0].mean() + own[1].mean() - 2 * across, abs=1e-9)
+    assert found.unbiased_squared == pytest.approx(sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in own) - 2 * across, abs=1e-9)
+    assert mmd(real, twins, bandwidth=1.7).biased < found.biased       # what the twins hide
+
+
 def test_mmd_over_several_blocks_and_sparse_cells():
     real, fake = (logged(gamma_poisson(1100, genes=12, seed=s)[0]) for s in (0, 1))
     a, b = real.toarray().astype(float), fake.toarray().astype(float)
@@ -435,3 +453,14 @@ def test_twins_share_a_fold_and_no_longer_betray_each_other():
     options = {"max_depths": (None,), "n_pcs": None, "n_trees": 60, "seed": 1}
     apart, together = (rf_aucs(real, fake, paired=p, **options)[None] for p in (False, True))
     assert apart.auc < 0.2 and abs(together.auc - 0.5) < 0.12 and together.n == 120 and len(together.fold_aucs) == 5
+
+
+def test_copies_of_a_few_cells_have_no_bandwidth():
+    few = np.random.default_rng(0).gamma(2.0, 300.0, (6, 80)).astype(np.float32)
+    with pytest.raises(InputError, match="remove duplicate cells"):
+        mmd_bandwidth(np.repeat(few, 40, axis=0))
+
+
+def test_cells_that_do_not_differ_have_no_components():
+    with pytest.raises(InputError, match="hardly any gene varies"):
+        rf_auc(np.ones((60, 500)), np.ones((60, 500)), n_trees=5)

@@ -1,5 +1,6 @@
 """The object a user holds: settings, training, sampling, latents, files."""
 
+import copy
 import json
 import os
 import pickle
@@ -35,6 +36,7 @@ from scld_nb.model import (
 )
 from scld_nb.sampling import SAMPLERS
 from scld_nb.scorer import n_to_generate
+from scld_nb.training import TrainingError
 
 
 def equal(a: ad.AnnData, b: ad.AnnData) -> bool:
@@ -414,6 +416,64 @@ def test_a_denoiser_is_not_continued_on_another_autoencoder(cells, tiny, tmp_pat
     (tmp_path / "autoencoder.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="autoencoder.safetensors"):
         SCLD(cells, "cell_type", device="cpu", **tiny).train(9, ae_steps=5, resume=True, **options)
+
+
+def test_a_denoiser_is_not_continued_on_the_autoencoder_of_another_model(cells, tiny, tmp_path):
+    donors = [SCLD(cells, "cell_type", seed=s, **tiny).train(5, scorer=False, progress=False) for s in (1, 2)]
+    options = {"checkpoint_dir": tmp_path, "scorer": False, "progress": False}
+    SCLD(cells, "cell_type", **tiny).train(20, autoencoder=donors[0], **options)
+    again = SCLD(cells, "cell_type", **tiny).train(20, autoencoder=donors[0], resume=True, **options)
+    assert again.history["denoiser"]["steps"] == 20
+    for other in ({"autoencoder": donors[1]}, {"ae_steps": 5}):
+        with pytest.raises(InputError, match=r"denoiser\.safetensors was made with autoencoder="):
+            SCLD(cells, "cell_type", **tiny).train(20, resume=True, **options | other)
+
+
+def test_a_second_training_that_ends_early_leaves_no_stage_of_the_first(cells, tiny, tmp_path, monkeypatch):
+    model = SCLD(cells, "cell_type", **tiny).train(20, progress=False)
+    model.train(10, scorer=False, progress=False)
+    assert set(model.history) == {"autoencoder", "denoiser"} and model.sample(5, keep=1, progress=False).obs["score"].isna().all()
+    monkeypatch.setattr("scld_nb.training.save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for stage, left in (("autoencoder", set()), ("denoiser", {"autoencoder"})):
+        folder = tmp_path / stage
+        given = {"autoencoder": model} if stage == "denoiser" else {}
+        second = SCLD(cells, "cell_type", **tiny).train(10, progress=False) if stage == "autoencoder" else SCLD(cells, "cell_type", **tiny)
+        state = torch.get_rng_state()
+        with pytest.raises(OSError, match="No space left"):
+            second.train(10, checkpoint_dir=folder, progress=False, **given)
+        assert set(second.history) == left and torch.equal(torch.get_rng_state(), state)
+        assert not any(part.training for part in (second.autoencoder, second.denoiser))
+        with pytest.raises(InputError, match="not trained"):
+            second.sample(3)
+
+
+def test_what_is_done_to_the_cells_afterwards_changes_nothing(cells, tiny):
+    mine = cells.copy()
+    model = SCLD(mine, "cell_type", **tiny)
+    before = model._reader.counts.toarray()
+    mine.X.data[:] = np.log1p(mine.X.data)
+    mine.X.eliminate_zeros()
+    assert (model._reader.counts.toarray() == before).all()
+
+
+def test_files_of_somebody_else_are_not_replaced(tiny_model, tmp_path):
+    (tmp_path / "genes.txt").write_text("my list")
+    with pytest.raises(InputError, match="holds genes.txt but no model"):
+        tiny_model.save(tmp_path)
+    assert (tmp_path / "genes.txt").read_text() == "my list"
+    for call in (lambda p: tiny_model.save(p), lambda p: tiny_model.sample_to(p.parent, 5)):
+        with pytest.raises(InputError, match="is a f"):
+            call(tmp_path / "genes.txt")
+
+
+def test_latents_that_are_no_numbers_are_told(tiny_model, cells, tiny):
+    with pytest.raises(InputError, match="leaves 0e.00 of the signal|leaves .*e-.* of the signal"):
+        SCLD(cells, "cell_type", **tiny | {"T": 1000, "beta_T": 0.5})
+    damaged = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        next(damaged.denoiser.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="no finite numbers"):
+        damaged.sample(3, progress=False)
 
 
 def test_a_checkpoint_of_another_run_is_refused(cells, tiny, tmp_path):
@@ -840,3 +900,9 @@ def test_whose_checkpoints_they_are(cells, tiny, tmp_path):
     assert model().has_checkpoints(tmp_path, **steps)          # as when Round and Map are another model's
     (tmp_path / "denoiser.safetensors").write_bytes(b"damaged")
     assert not model().has_checkpoints(tmp_path, **steps)
+
+
+@pytest.mark.parametrize("wrong", [pd.DataFrame(np.ones((3, 2))), np.ones((3, 2)), None])
+def test_what_is_no_cells_is_named(wrong, tiny):
+    with pytest.raises(InputError, match=f"must be an AnnData or the path of an .h5ad file, got {type(wrong).__name__}"):
+        SCLD(wrong, **tiny)

@@ -42,6 +42,18 @@ def test_seconds_are_steps_times_speed(tmp_path):
     assert np.isnan(steps.loc["train cscgan", "seconds each"])                    # not calibrated
 
 
+def test_table_4_needs_a_row_of_table_3(tmp_path):
+    table = pl.plan(make_study(tmp_path), tables=["4"], figures=[])
+    assert table.loc["judge table3", "runs to do"] == 2 and table.loc["judge table4", "runs to do"] == 4
+
+
+def test_fakes_for_the_scorer_are_at_most_what_it_takes(tmp_path, monkeypatch):
+    rows = {"tables": ["3"], "figures": [], "methods": ["scld_pre"], "speed": SPEED}
+    study = make_study(tmp_path)
+    monkeypatch.setattr(pl, "make_config", lambda: pl.SCLD(study.train, study.labels_key, device="cpu", scorer_cells=100).config)
+    assert pl.plan(study, **rows).loc["train SCLD (add)", "seconds each"] == pytest.approx(4 * 0.5 + 4 * 1.0 + 100 * 3 * 0.001, abs=0.06)
+
+
 def test_equal_budgets_need_scld_first(tmp_path):
     table = pl.plan(make_study(tmp_path, budget="equal"), tables=["3"], figures=[], methods=["scgan"])
     assert table.loc["train SCLD (add)", "runs to do"] == 2

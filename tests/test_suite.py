@@ -343,6 +343,9 @@ def test_train_on_synthetic_test_on_real(labelled):
     same = tstr(t, ty, t, ty, r, ry)  # both classifiers learn from the same cells
     assert same["tstr"] == same["trtr"]
     assert tstr(f, ["a"] * 120, t, ty, r, ry)["tstr"] == {}
+    some = np.asarray(fy) != "c"
+    missing = tstr(f[some], np.asarray(fy)[some], t, ty, r, ry)
+    assert missing["tstr"]["c"] == 0 and missing["trtr"]["c"] > 0.6 and missing["tstr"]["all"] < 0.7 < missing["trtr"]["all"]
     with pytest.raises(InputError, match="differ in genes"):
         tstr(f, fy, t[:, 1:], ty, r, ry)
 

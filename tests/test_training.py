@@ -842,3 +842,23 @@ def test_latents_with_a_spread_are_drawn_anew_each_step(latents, monkeypatch):
     values = torch.cat(seen)
     assert abs(float(values.std()) - 0.5) < 0.05 and abs(float(values.mean())) < 0.05
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_precisions_of_several_threads_end_in_the_users():
+    cpu, before = torch.device("cpu"), torch.get_float32_matmul_precision()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with training.reduced_precision(cpu, "bf16"):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with training.reduced_precision(cpu, "bf16"):
+        thread.start()
+        inside.wait(10)
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "medium"             # the other one still computes
+    leave.set()
+    thread.join()
+    assert torch.get_float32_matmul_precision() == before

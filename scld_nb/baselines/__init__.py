@@ -31,7 +31,7 @@ from .sugar import SugarBaseline
 from ..data import CellReader, InputError, TARGET_SUM, apply_transform, counts_matrix
 from ..files import replacing
 from ..scorer import Scorer, keep_top, n_to_generate, train_scorer
-from ..training import TrainingError, counter_seed
+from ..training import TrainingError, counter_seed, kept_generators, seed_generators
 
 # %% ../../nbs/29_baselines.ipynb #c007
 BASELINES: dict[str, type[Baseline]] = {
@@ -87,8 +87,9 @@ def fit_scorer(reader: CellReader, fakes: sp.csr_matrix, *, seed: int, device: t
     -------
     The Scorer, and what `scld_nb.scorer.train_scorer` reports.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(counter_seed(seed, "scorer-init"))
+    cpu = torch.device("cpu")
+    with kept_generators(cpu):
+        seed_generators(counter_seed(seed, "scorer-init"), cpu)
         scorer = Scorer(fakes.shape[1]).to(device)
     return scorer, train_scorer(scorer, reader, fakes, seed=seed, device=device, show=False)
 

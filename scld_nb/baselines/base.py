@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import torch
 
 from ..data import InputError, TARGET_SUM, counts_matrix
-from ..training import TrainingError, counter_seed, progress_bar, resolve_device, stop_on_ctrl_c
+from ..training import TrainingError, counter_seed, kept_generators, progress_bar, resolve_device, seed_generators, stop_on_ctrl_c
 
 # %% ../../nbs/20_baselines.base.ipynb #c007
 def free_memory() -> int:
@@ -109,8 +109,8 @@ class Baseline:
             or the method cannot run on these cells; the line says why.
         """
         counts = counts_matrix(adata, layer=layer)
-        self.genes, self.labels_key = [str(g) for g in adata.var_names], labels_key
-        self.labels, self.codes = [], np.zeros(adata.n_obs, dtype=np.int64)
+        labels: list[str] = []
+        codes = np.zeros(adata.n_obs, dtype=np.int64)
         if labels_key is not None:
             if labels_key not in adata.obs:
                 raise InputError(f"no column {labels_key!r} in obs; there are: {', '.join(map(str, adata.obs.columns)) or 'none'}")
@@ -119,11 +119,19 @@ class Baseline:
                 raise InputError(f"{labels_key!r} has {int((column.codes < 0).sum())} missing values; drop those cells or name them")
             sizes = np.bincount(column.codes, minlength=len(column.categories))
             order = np.argsort(-sizes, kind="stable")   # class 0 is the largest, which class-conditional GANs rely on
-            self.labels = [str(column.categories[i]) for i in order]
-            self.codes = np.argsort(order)[column.codes].astype(np.int64)
-        self.label_counts = np.bincount(self.codes, minlength=max(1, len(self.labels)))
+            labels = [str(column.categories[i]) for i in order]
+            codes = np.argsort(order)[column.codes].astype(np.int64)
+            if len(set(labels)) < len(labels):
+                twice = next(name for name in labels if labels.count(name) > 1)
+                raise InputError(f"{labels_key!r} has two labels that read {twice!r}, such as the number and the word; rename one")
+        self.genes, self.labels_key, self.labels, self.codes, self.history = [str(g) for g in adata.var_names], labels_key, labels, codes, {}
+        self.label_counts = np.bincount(codes, minlength=max(1, len(labels)))
         began = time.perf_counter()
-        self._learn(counts)
+        try:
+            self._learn(counts)
+        except BaseException:
+            del self.genes                              # a fit that fails leaves nothing to sample from
+            raise
         self.history["seconds"] = round(time.perf_counter() - began, 3)
         return self
 
@@ -185,8 +193,9 @@ class Baseline:
     @contextmanager
     def _seeded(self, *counters: int | str):
         """torch's global generator set from the seed, and put back afterwards; for initial weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(counter_seed(self.seed, self.name, *counters))
+        cpu = torch.device("cpu")                       # weights are drawn there; the generators of a GPU stay as they are
+        with kept_generators(cpu):
+            seed_generators(counter_seed(self.seed, self.name, *counters), cpu)
             yield
 
     def _training_steps(self, n_cells: int) -> Iterator[int]:

@@ -66,7 +66,7 @@ class ClassScore(nn.Module):
     def __init__(self, width: int, n_classes: int):
         super().__init__()
         self.scores = nn.Linear(width, n_classes)
-        nn.init.kaiming_normal_(self.scores.weight, nonlinearity="relu")
+        nn.init.xavier_uniform_(self.scores.weight)
         nn.init.zeros_(self.scores.bias)
 
     def forward(self, h: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

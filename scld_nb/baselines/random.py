@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from .base import Baseline
 from ..data import TARGET_SUM, library_normalize
 from ..metrics import permute_genes
+from ..training import counter_seed
 
 # %% ../../nbs/20_baselines.random.ipynb #c007
 class RandomBaseline(Baseline):
@@ -25,5 +26,6 @@ class RandomBaseline(Baseline):
     def _draw(self, n: int, code: int | None, seed: int) -> sp.csr_matrix:
         pool = self.cells if code is None else self.cells[np.flatnonzero(self.codes == code)]
         rounds = -(-n // pool.shape[0])                 # a round shuffles the whole pool once
-        cells = [permute_genes(pool, target_sum=TARGET_SUM, seed=seed * 1_000 + r) for r in range(rounds)]
+        seeds = [seed * 1_000 + r if r < 1_000 else counter_seed(seed, self.name, r) for r in range(rounds)]
+        cells = [permute_genes(pool, target_sum=TARGET_SUM, seed=s) for s in seeds]
         return sp.csr_matrix(sp.vstack(cells))[:n]

@@ -101,9 +101,11 @@ class Critic(nn.Module):
         linears = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
         self.linears, out = nn.ModuleList(linears), nn.Linear(widths[-1], 1)
         self.out: nn.Module = out                       # a conditional critic has another
-        for linear in (self.first, *linears, out):
-            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        for linear in (self.first, *linears):           # as released: He's variance with the mean of both widths
+            nn.init.normal_(linear.weight, std=(4.0 / (linear.in_features + linear.out_features)) ** 0.5)
             nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(out.weight)
+        nn.init.zeros_(out.bias)
 
     def rest(self, h: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
         """What follows the first linear layer, whose output is ``h``, (n, widths[0])."""
@@ -161,7 +163,8 @@ def gradient_penalty(critic, real: torch.Tensor, fake: torch.Tensor, a: torch.Te
 
 # %% ../../nbs/20_baselines.scgan.ipynb #c032
 def critic_loss(critic: Critic, real: torch.Tensor, fake: torch.Tensor, a: torch.Tensor, *, penalty: float = 10.0,
-                classes: torch.Tensor | None = None, fake_classes: torch.Tensor | None = None) -> torch.Tensor:
+                classes: torch.Tensor | None = None, fake_classes: torch.Tensor | None = None,
+                ends: torch.Tensor | None = None) -> torch.Tensor:
     """The critic's loss with its gradient penalty; equals the sum of the two functions above at half the cost.
 
     Parameters
@@ -173,9 +176,11 @@ def critic_loss(critic: Critic, real: torch.Tensor, fake: torch.Tensor, a: torch
     classes, fake_classes
         Classes of real and generated cells, (n,), if the critic is conditional; points between the two are judged
         as the class of the real cell.
+    ends
+        Generated cells, (n, n_genes), at the other end of the penalty's lines; ``fake`` if not given.
     """
-    h_real, h_fake = critic.first(torch.cat([real, fake])).chunk(2)
-    h = torch.lerp(h_real, h_fake, a)
+    h_real, h_fake, *h_ends = critic.first(torch.cat([real, fake] if ends is None else [real, fake, ends])).split(len(real))
+    h = torch.lerp(h_real, h_ends[0] if h_ends else h_fake, a)
     both = None if classes is None or fake_classes is None else torch.cat([classes, fake_classes])
     real_scores, fake_scores = critic.rest(torch.cat([h_real, h_fake]), both).chunk(2)
     slope, = torch.autograd.grad(critic.rest(h, classes).sum(), h, create_graph=True)
@@ -310,9 +315,11 @@ class ScGAN(Baseline):
         classes = torch.from_numpy(self.codes[rows]).to(self.device) if self.conditional else None
         fake_classes = self._draw_classes(len(rows), rng)
         with torch.no_grad():
-            fake = self.generator(self._noise(len(rows), rng), fake_classes)
+            z = self._noise(len(rows), rng)
+            fake = self.generator(z, fake_classes)
+            ends = self.generator(z, classes) if self.conditional else None      # lines end in a cell of the real one's class
         a = torch.rand(len(rows), 1, generator=rng).to(self.device)
-        loss = critic_loss(self.critic, real, fake, a, penalty=self.penalty, classes=classes, fake_classes=fake_classes)
+        loss = critic_loss(self.critic, real, fake, a, penalty=self.penalty, classes=classes, fake_classes=fake_classes, ends=ends)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 
 from .base import Baseline, require_memory
 from ..data import InputError
-from ..training import counter_seed, kept_generators
+from ..training import counter_seed, kept_generators, seed_generators
 
 # %% ../../nbs/20_baselines.scvi.ipynb #c007
 def _import_scvi():
@@ -90,7 +90,7 @@ def _global_seed(seed: int, device: torch.device):
     with kept_generators(device):
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         try:
             yield
         finally:

@@ -451,14 +451,17 @@ def estimate_splat(counts, *, bcv: str = "published", winsorize: float = 0.1, se
     if counts.shape[0] < MIN_CELLS:
         raise InputError(f"{counts.shape[0]} cells are too few for Splat: give at least {MIN_CELLS}")
     moments = gene_moments(counts)
-    seen = moments.mean > 0
+    n_cells_with = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
+    seen = n_cells_with > 1                             # as splatter: a gene of one cell says little
+    if seen.sum() < 2:
+        seen = n_cells_with > 0
     means = moments.mean[seen]
     shape, rate = fit_gamma(np.clip(means, *np.quantile(means, [winsorize, 1 - winsorize])))
     prob, loc, scale = _fit_outliers(means)
     kind, library_loc, library_scale = fit_libraries(np.asarray(counts.sum(axis=1)).ravel(), seed=seed)
     df = prior_df(moments)
     phi = 0.1 + 0.25 * common_dispersion(moments) if bcv == "published" else trend_bcv(moments, df)
-    zeros = 1 - np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])[seen] / counts.shape[0]
+    zeros = 1 - n_cells_with[seen] / counts.shape[0]
     mid, slope = _fit_dropout(means, zeros)
     return SplatParameters(counts.shape[1], shape, rate, prob, loc, scale, kind, library_loc, library_scale, phi, df, mid, slope)
 
