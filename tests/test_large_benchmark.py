@@ -42,7 +42,7 @@ def test_whole_run_and_reuse(script, tmp_path, capsys):
         assert set(run["stages"]) == {"open", "autoencoder", "latents", "denoiser"}
         assert all(s["us_per_cell"] > 0 for s in run["stages"].values())
     assert found["reading"]["cells"] == 200 and found["reading"]["training_ratio"] > 0
-    assert [(r["cells"], r["n"]) for r in found["judge"]["parts"]] == [(40, 40), (400, 60)] and 0.2 < found["judge"]["parts"][1]["rf_auc"] < 0.8
+    assert [(r["cells"], r["n"]) for r in found["judge"]["parts"]] == [(40, 20), (400, 60)] and 0.2 < found["judge"]["parts"][1]["rf_auc"] < 0.8
     assert not list((tmp_path / "work").glob("*.h5ad"))
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
     assert script.main(line) in (0, 1) and "generated" not in capsys.readouterr().out
