@@ -114,7 +114,7 @@ def _check_settings(config: "Config") -> None:
         value = getattr(config, name)
         if value is None and name in ("ema", "clip", "min_snr"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise InputError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
     if config.beta_1 > config.beta_T:
         raise InputError(f"beta_1 must not exceed beta_T, got {config.beta_1:g} and {config.beta_T:g}")

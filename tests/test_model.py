@@ -906,3 +906,8 @@ def test_whose_checkpoints_they_are(cells, tiny, tmp_path):
 def test_what_is_no_cells_is_named(wrong, tiny):
     with pytest.raises(InputError, match=f"must be an AnnData or the path of an .h5ad file, got {type(wrong).__name__}"):
         SCLD(wrong, **tiny)
+
+
+def test_numbers_that_json_does_not_know_are_refused_before_the_training():
+    with pytest.raises(InputError, match=r"lr must lie in .* got np.float32"):
+        make_config(lr=np.float32(1e-3))
