@@ -1018,8 +1018,6 @@ class _Learns(_SamplesInChunks):
             raise InputError(f"the Scorer needs at least 10 training cells, got {len(self._codes)}; give more, or pass scorer=False")
         if team.is_main:
             self._note_what_is_little()
-        for stage in ("scorer", "denoiser", "autoencoder"):  # a training that ends early leaves no stage of an earlier one
-            self.history.pop(stage, None)
         common: dict[str, Any] = dict(
             budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
@@ -1042,9 +1040,11 @@ class _Learns(_SamplesInChunks):
 
         if autoencoder is not None:
             self._take_autoencoder(autoencoder)
-        else:
-            if resume and folder is not None and team.on_main((folder / "denoiser.safetensors").exists):
-                team.on_main(lambda: _same_autoencoder(folder / "autoencoder.safetensors", ae_steps, common["budget_s"]))
+        elif resume and folder is not None and team.on_main((folder / "denoiser.safetensors").exists):
+            team.on_main(lambda: _same_autoencoder(folder / "autoencoder.safetensors", ae_steps, common["budget_s"]))
+        for stage in ("scorer", "denoiser", *(["autoencoder"] if autoencoder is None else [])):
+            self.history.pop(stage, None)                # a training that ends early leaves no stage of an earlier one
+        if autoencoder is None:
             done = train_autoencoder(
                 self.autoencoder, self._encoder_reader(reader), steps=ae_steps, checkpoint=file("autoencoder"),
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag

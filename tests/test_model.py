@@ -911,3 +911,13 @@ def test_what_is_no_cells_is_named(wrong, tiny):
 def test_numbers_that_json_does_not_know_are_refused_before_the_training():
     with pytest.raises(InputError, match=r"lr must lie in .* got np.float32"):
         make_config(lr=np.float32(1e-3))
+
+
+def test_a_model_may_keep_its_own_autoencoder_and_a_refusal_leaves_it_trained(cells, tiny):
+    model = SCLD(cells, "cell_type", **tiny).train(20, progress=False)
+    before = [p.clone() for p in model.autoencoder.parameters()]
+    model.train(10, autoencoder=model, scorer=False, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.autoencoder.parameters())) and set(model.history) == {"autoencoder", "denoiser"}
+    with pytest.raises(InputError, match="is not trained"):
+        model.train(10, autoencoder=SCLD(cells, "cell_type", **tiny), progress=False)
+    assert set(model.history) == {"autoencoder", "denoiser"}
