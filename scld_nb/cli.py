@@ -517,6 +517,8 @@ def sample(
     options: dict[str, Any] = dict(omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size)
     if label is not None and label not in model.labels:
         model.sample(1, label)                          # says so, before a folder is made for the cells
+    if label is not None and omega == -1 and team.is_main:
+        typer.echo(f"note: omega -1 ignores labels, so these are cells in general and not {label!r}; leave --omega out for those", err=True)
     if n > chunk_size:
         made = model.sample_to(output, n, label, chunk_size=chunk_size, **options)
     else:

@@ -438,7 +438,7 @@ def calibrate_means(autoencoder: CountAutoencoder, reader: CellReader, *, device
 
     Returns
     -------
-    What was added to each offset, within [-0.5, 0.5], ``(n_genes,)``; doing it again adds nothing.
+    What was added to each offset, within [-0.5, 0.5], ``(n_genes,)``; doing it again adds little: the step is bounded, and outliers do not grow with the offset.
     """
     generator = torch.Generator().manual_seed(0)
     counted, expected = (torch.zeros(autoencoder.n_genes, dtype=torch.float64) for _ in range(2))

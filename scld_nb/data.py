@@ -6,7 +6,7 @@
 __all__ = ['TARGET_SUM', 'DATASETS', 'PAPER_TABLE2', 'TRANSFORMS', 'InputError', 'DownloadError', 'DatasetInfo', 'register',
            'dataset_info', 'data_dir', 'file_sha256', 'fetch', 'recover_counts', 'read_dataset', 'counts_matrix',
            'library_normalize', 'apply_transform', 'invert_transform', 'CellReader', 'cluster', 'preprocess', 'load',
-           'split', 'default_split', 'table2']
+           'split', 'default_split', 'table2', 'join']
 
 # %% ../nbs/00_data.ipynb #c003
 import hashlib
@@ -17,7 +17,7 @@ import platform
 import random
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ import pandas as pd
 import requests
 import scipy.io
 import scipy.sparse as sp
+from anndata.utils import make_index_unique
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -378,6 +379,24 @@ def _check_values(values: np.ndarray, slot: str) -> None:
                          f"it looks {what}, not counts{mend}")
 
 
+def _raw_x(adata: ad.AnnData):
+    """The values of `adata.raw` for the genes of `adata`."""
+    names = adata.raw.var_names
+    where = names.get_indexer(adata.var_names) if names.is_unique and adata.var_names.is_unique else np.array([-1])
+    if (where < 0).any():
+        raise InputError(f"adata.raw has {len(names)} genes, which are not all of the {adata.n_vars} of adata, or repeat; adata.raw.to_adata() has its own")
+    return adata.raw.X if len(where) == len(names) and (np.diff(where) > 0).all() else adata.raw.X[:, where]
+
+
+def _whole_in_raw(adata: ad.AnnData, slot: str) -> bool:
+    """Whether values that are no counts have counts beside them."""
+    if adata.raw is None or slot == "raw.X":
+        return False
+    x = adata.raw.X[:100]
+    values = np.asarray(x.data if sp.issparse(x) else x).ravel()
+    return bool(np.isreal(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
+
+
 def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_cells: bool = False) -> sp.csr_matrix:
     """The integer counts of an AnnData, checked, as CSR float32; sparse input is never made dense.
 
@@ -386,7 +405,7 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     adata
         Cells x genes.
     layer
-        Layer that holds the counts, or "X"; default: `layers["counts"]` if there, else `X`.
+        Layer that holds the counts, or "X", or "raw" for the same genes of `adata.raw`; default: `layers["counts"]` if there, else `X`.
     allow_empty_cells
         Accept cells without a single count, for matrices that will be filtered.
 
@@ -401,10 +420,11 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
         Unknown layer, empty matrix, repeated genes, NaN, negative, log-like or fractional values, cells without counts.
     """
     in_x = layer == "X" and "X" not in adata.layers
-    if layer is not None and not in_x and layer not in adata.layers:
+    in_raw = layer == "raw" and "raw" not in adata.layers and adata.raw is not None
+    if layer is not None and not in_x and not in_raw and layer not in adata.layers:
         raise InputError(f"no layer {layer!r}; layers there: {', '.join(adata.layers) or 'none'}; give 'X' for X itself")
     layer = None if in_x else layer or ("counts" if "counts" in adata.layers else None)
-    slot, x = (f"layers[{layer!r}]", adata.layers[layer]) if layer else ("X", adata.X)
+    slot, x = ("raw.X", _raw_x(adata)) if in_raw else (f"layers[{layer!r}]", adata.layers[layer]) if layer else ("X", adata.X)
     if x is None or 0 in x.shape:
         raise InputError(f"{slot} is empty ({adata.n_obs} cells x {adata.n_vars} genes); give cells x genes counts")
     if not adata.var_names.is_unique:
@@ -423,7 +443,10 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     if not counts.has_canonical_format:
         counts = counts.copy()
         counts.sum_duplicates()
-    _check_values(counts.data, slot)
+    try:
+        _check_values(counts.data, slot)
+    except InputError as error:
+        raise InputError(f"{error}; adata.raw holds whole numbers, layer='raw' takes them" if _whole_in_raw(adata, slot) else str(error)) from None
     empty = np.flatnonzero(np.asarray(counts.sum(axis=1)).ravel() == 0)
     if empty.size and not allow_empty_cells:
         raise InputError(f"{slot} has {empty.size} cells without a single count, e.g. {adata.obs_names[empty[0]]!r}; "
@@ -722,6 +745,14 @@ def _read_h5ad(path: Path) -> ad.AnnData:
         raise InputError(f"cannot read {path} as .h5ad (not AnnData, or cut off): {_one_line(error)}") from None
 
 
+def _check_few(column: pd.Series, key: str) -> None:
+    """Refuse a column of `obs` that numbers or names single cells instead of kinds of them."""
+    if pd.api.types.is_float_dtype(column) and (column % 1 != 0).any():
+        raise InputError(f"obs[{key!r}] holds fractions (e.g. {column[column % 1 != 0].iloc[0]:.4g}): a measurement, not labels")
+    if len(column) >= 20 and 2 * (n := column.nunique()) > len(column):
+        raise InputError(f"obs[{key!r}] has {n} labels for {len(column)} cells: a measurement or names of cells, not labels")
+
+
 def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     """The column as categories of strings: order of a categorical kept, else numbers before words."""
     if key not in obs:
@@ -729,8 +760,7 @@ def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     column = obs[key]
     if missing := int(column.isna().sum()):
         raise InputError(f"obs[{key!r}] has {missing} cells without a label; remove them or fill the label in")
-    if pd.api.types.is_float_dtype(column) and (column % 1 != 0).any():
-        raise InputError(f"obs[{key!r}] holds fractions (e.g. {column[column % 1 != 0].iloc[0]:.4g}): a measurement, not labels")
+    _check_few(column, key)
     names = column.cat.remove_unused_categories().cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else sorted(
         column.unique(), key=lambda name: (not str(name).isdecimal(), int(name) if str(name).isdecimal() else 0, str(name)))
     return pd.Categorical(column.astype(str), categories=list(dict.fromkeys(map(str, names))))
@@ -759,7 +789,7 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
     source
         Known name, `DatasetInfo`, or path of an `.h5ad` file with integer counts.
     layer
-        Layer of the `.h5ad` that holds the counts, see `counts_matrix`.
+        Layer of the `.h5ad` that holds the counts, see `counts_matrix`; "raw" takes all genes of `raw`.
     labels
         Column of `obs` with the labels; default: "louvain" if there, else Louvain clusters are computed.
     cache
@@ -783,13 +813,19 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
             raise InputError(f"layer={layer!r} is for .h5ad files; dataset {info.name!r} has its counts in X")
         path = fetch(info)
     else:
+        if str(source).rstrip("/").endswith(".zarr"):
+            raise InputError(f"{source}: zarr is not read here; anndata.read_zarr({str(source)!r}).write_h5ad('cells.h5ad') makes a file that is")
         if not str(source).endswith(".h5ad") and not Path(source).is_file():
             dataset_info(str(source))  # raises, listing what is known
         info, path = DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
 
     def build() -> ad.AnnData:
         raw = read_dataset(info, path=path) if known else _read_h5ad(path)
-        counts = counts_matrix(raw, layer=layer, allow_empty_cells=True)
+        if layer == "raw" and "raw" not in raw.layers and raw.raw is not None:
+            raw = raw.raw.to_adata()                           # with all of its genes
+            counts = counts_matrix(raw, layer="X", allow_empty_cells=True)
+        else:
+            counts = counts_matrix(raw, layer=layer, allow_empty_cells=True)
         out = _labelled(ad.AnnData(counts, obs=raw.obs.copy(), var=raw.var.copy()), labels, info)
         if not known and out.n_obs < raw.n_obs:
             facts = out.uns["scld_data"]
@@ -912,3 +948,57 @@ def table2(*adatas: ad.AnnData) -> pd.DataFrame:
         match = "-" if paper is None else "yes" if ours == paper else "no"
         rows.append(row | {"match": match + (" (stand-in)" if facts.get("origin") == "stand-in" else "")})
     return pd.DataFrame(rows)
+
+# %% ../nbs/00_data.ipynb #c064j2
+def join(real: ad.AnnData, synth: ad.AnnData | Sequence[ad.AnnData], *, key: str = "source", layer: str | None = None) -> ad.AnnData:
+    """Real cells and draws of a model in one AnnData, all as counts, ready for scanpy.
+
+    Parameters
+    ----------
+    real
+        Cells with counts and at least the genes of the model.
+    synth
+        What `SCLD.sample` of a count head gave, or a list of such draws.
+    key
+        New column of `obs`: "real" or "synthetic".
+    layer
+        Layer of `real` that holds the counts, see `counts_matrix`.
+
+    Returns
+    -------
+    anndata.AnnData
+        Counts in `X` and `layers["counts"]`, int32 CSR; genes in the order of `real`, with its `var`; columns of `obs` of both sides, labels
+        as text; names of `real` kept, later repetitions numbered.
+
+    Raises
+    ------
+    InputError
+        If genes are missing, a side holds no counts, or `real` has a column `key` already.
+    """
+    draws = [synth] if isinstance(synth, ad.AnnData) else list(synth)
+    if not draws or not all(isinstance(draw, ad.AnnData) for draw in draws):
+        raise InputError("synth must be an AnnData of drawn cells, or a list of them")
+    if key in real.obs:
+        raise InputError(f"real.obs has a column {key!r} already; give another name with key=")
+    genes = real.var_names[real.var_names.isin(draws[0].var_names)]
+    parts = []
+    for name, cells in (("real", real), *(("synthetic", draw) for draw in draws)):
+        if cells.uns.get("scld", {}).get("scale", "counts") != "counts":
+            raise InputError(f"{name} cells hold expected expression, not counts (head='mse'); draw them from a count head")
+        if lost := set(draws[0].var_names) ^ set(cells.var_names) if name == "synthetic" else set(draws[0].var_names) - set(genes):
+            raise InputError(f"{len(lost)} genes, e.g. {min(lost)!r}, are not in all cells; take draws of one model and real cells with all of its genes")
+        about, obs = cells.uns.get("scld", {}), cells.obs.copy()
+        for column in {str(draw.uns["scld"]["labels_key"]) for draw in draws if "labels_key" in draw.uns.get("scld", {})} & set(obs):
+            text = obs[column].astype("string")
+            obs[column] = pd.Categorical(text, categories=list(dict.fromkeys(map(str, pd.Categorical(obs[column]).categories))))
+        for column in obs.select_dtypes(bool):
+            obs[column] = obs[column].astype("boolean")        # which knows of missing values
+        counts = counts_matrix(cells, layer=None if about else layer)[:, cells.var_names.get_indexer(genes)]
+        parts.append(ad.AnnData(counts.astype(np.int32), obs=obs.assign(**{key: name}), var=pd.DataFrame(index=genes)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Observation names are not unique")
+        out = ad.concat(parts, join="outer")
+    out.obs_names = make_index_unique(out.obs_names, join="-")
+    out.obs[key] = pd.Categorical(out.obs[key], categories=["real", "synthetic"])
+    out.var, out.layers["counts"] = real.var.loc[genes].copy(), out.X.copy()
+    return out

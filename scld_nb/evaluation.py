@@ -69,7 +69,12 @@ def _linear(adata: ad.AnnData, layer: str | None, name: str):
             raise InputError(f"{name}: {error}") from None
     if scale not in ("counts", "counts20k", "log1p20k"):
         raise InputError(f"{name}.uns['scld']['scale'] is {scale!r}: it must be 'counts', 'counts20k' or 'log1p20k'")
-    if "log1p" in adata.uns:
+    if scale == "counts" and "counts" in adata.layers:          # drawn cells that went through scanpy's usual steps
+        try:
+            return counts_matrix(adata, layer="counts", allow_empty_cells=True).astype(np.float32)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    if scale != "counts" and "log1p" in adata.uns:
         raise InputError(f"{name}.X was log-transformed after the cells were drawn (uns['log1p'] says so); give the cells as they were drawn, "
                          "and normalise a copy of them")
     matrix: Any = sp.csr_matrix(adata.X, dtype=np.float32, copy=True) if sp.issparse(adata.X) else np.array(adata.X, np.float32)
@@ -103,7 +108,7 @@ def expression(
     ----------
     adata
         Real cells (counts in `layers["counts"]` or `X`), or synthetic ones that say in
-        `uns["scld"]["scale"]` what `X` holds: "counts", "counts20k" or "log1p20k".
+        `uns["scld"]["scale"]` what `X` holds: "counts" (or `layers["counts"]`, if there is one), "counts20k" or "log1p20k".
     space
         "counts20k" (library size 20,000, not logged) or "log1p" (its log(1 + x)).
     genes
@@ -248,7 +253,8 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a report ({error}): give a folder that Report.save wrote") from None
-        if not isinstance(content, dict) or content.get("format") != 1:
+        needed = {"records", "controls", "notes", "settings", "tsne"}
+        if not isinstance(content, dict) or content.get("format") != 1 or needed - content.keys():
             raise InputError(f"{path} is not a report of format 1: give a folder that Report.save wrote")
         return cls(content["records"], content["controls"], content["notes"], content["settings"], content["tsne"], content.get("details", {}))
 
@@ -272,6 +278,8 @@ class Report:
         table = self._table()
         table = table.to_string(index=False, justify="left") if len(table) else "(no result)"
         return "\n".join([*self.notes, table])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         notes = "<br>".join(html.escape(n) for n in self.notes)
@@ -313,6 +321,14 @@ def _checksum(*parts: np.ndarray) -> str:
         digest.update(f"{len(part)}:".encode())
         digest.update("\0".join(map(str, part)).encode())
     return digest.hexdigest()[:16]
+
+
+def _repeated(matrix) -> int:
+    "Rows that are equal to an earlier one."
+    matrix = sp.csr_matrix(matrix)
+    matrix.sort_indices()
+    ends = matrix.indptr
+    return matrix.shape[0] - len({(matrix.indices[i:j].tobytes(), matrix.data[i:j].tobytes()) for i, j in zip(ends, ends[1:])})
 
 
 def _in_space(matrix, space: str):
@@ -758,6 +774,8 @@ def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -
     if labels_key is None:
         return groups, {}
     labels = {"real": _labels(real, labels_key, "real"), "synthetic": _labels(synth, labels_key, "synth")}
+    if not set(labels["real"]) & set(labels["synthetic"]):
+        raise InputError(f"real and synth have no label of {labels_key!r} in common ({labels['real'][0]!r}, {labels['synthetic'][0]!r}): use the same names")
     if train is not None:
         labels["train"] = _labels(train, labels_key, "train")
         if strange := sorted(set(labels["synthetic"]) - set(labels["train"])):
@@ -801,8 +819,8 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
         raise InputError(f"{name} must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
     there = open_cells(cells, layer=layer)
     about = there.records("scld", "scld_data")
-    if about.get("scld", {}).get("scale") is not None and not isinstance(cells, DiskCells):
-        there = open_cells(cells, layer="X")               # generated cells have no other slot
+    if about.get("scld", {}).get("scale") not in (None, "counts") and not isinstance(cells, DiskCells):
+        there = open_cells(cells, layer="X")               # generated expression has no other slot
     if key is not None and key not in there.columns:
         raise InputError(f"{name}.obs has no column {key!r}: it has {', '.join(there.columns) or 'none'}")
     return replace(there, uns=about | there.uns)
@@ -813,7 +831,7 @@ def _in_memory(
 ) -> tuple[ad.AnnData, ad.AnnData, ad.AnnData | None, str, list[str]]:
     "The cells to compare, how many there are, and a sentence on each file of which only a part was read."
     given = {"real": real, "synth": synth, "train": train}
-    opened = {k: _opened(v, k, key, None if k == "synth" else layer) for k, v in given.items() if v is not None}
+    opened = {k: _opened(v, k, key, None if k == "synth" else layer) for k, v in given.items() if v is not None or k != "train"}
     if paired and opened["real"].n_obs != opened["synth"].n_obs:
         sizes = f"{opened['real'].n_obs} real and {opened['synth'].n_obs} synthetic"
         raise InputError(f"paired cells need equal numbers, got {sizes}; leave paired out")
@@ -939,6 +957,9 @@ def evaluate(
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees", *on_files]
     if n_judge is not None and n_judge < n:
         notes.append(f"classifiers, MMD and exact transport see {n_judge} cells a side, drawn at random, the rest of the suite {n}")
+    twice = {k: _repeated(groups[k][r]) for k, r in rows.items()}
+    if twice["synthetic"] > twice["real"] + 0.01 * n:
+        notes.append(f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells")
     if controls is not None:
         made_from = {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees, "real": _fingerprint(groups["real"])}
         if train is not None:

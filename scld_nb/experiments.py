@@ -944,7 +944,7 @@ def draw_table3(lines: pd.DataFrame, dataset: str):
             parts.append(pd.DataFrame({"method": [METHODS[m] for m in found.index], "ours": found["mean"].to_numpy(), "sd": found["std"].to_numpy(),
                                        "paper": [_in_paper(owner, head, m) if space == "counts20k" else np.nan for m in found.index],
                                        "group": f"{head}, {space}"}))
-    return paper_vs_ours(pd.concat(parts, ignore_index=True), label=f"◆ paper: {owner}, scale not stated")
+    return paper_vs_ours(pd.concat(parts, ignore_index=True), label=f"paper: {owner}, scale not stated")
 
 
 def _in_paper(owner: str, head: str, method: str) -> float:

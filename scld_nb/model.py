@@ -14,7 +14,7 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from scipy import sparse
 from . import __version__
 from .autoencoder import Autoencoder, encode_cells, fit_latent_statistics, fit_latent_statistics_on_disk
 from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
-from .data import CellReader, InputError, TARGET_SUM, counts_matrix, file_sha256
+from .data import CellReader, InputError, TARGET_SUM, _check_few, counts_matrix, file_sha256
 from .distributed import placed, this_team
 from .files import replacing
 from .gpu import rows_at_once, sparse_rows
@@ -271,12 +271,15 @@ def read_labels(adata: ad.AnnData, labels_key: str | None) -> tuple[list[str], n
     Raises
     ------
     InputError
-        If there is no such column, a cell has no label, or two labels have the same name as text.
+        If there is no such column, a cell has no label, two labels have the same name as text, or there are more labels than half the cells.
     """
     if labels_key is None:
         return ["all"], np.zeros(adata.n_obs, dtype=np.int64)
+    if not isinstance(labels_key, Hashable):
+        raise InputError(f"labels_key must be the name of one column of obs, got {labels_key!r}")
     if labels_key not in adata.obs:
         raise InputError(f"no column {labels_key!r} in obs; it has: {', '.join(map(str, adata.obs.columns)) or 'none'}")
+    _check_few(pd.Series(adata.obs[labels_key]), str(labels_key))
     labels = pd.Categorical(adata.obs[labels_key]).remove_unused_categories()
     if missing := int((labels.codes < 0).sum()):
         raise InputError(f"obs[{labels_key!r}] has {missing} cells without a label; drop them or label them")
@@ -534,6 +537,13 @@ class _Parts:
             self.scorer = Scorer(n_genes).to(self.device)
         for module in (self.autoencoder, self.denoiser, self.scorer):
             module.eval()
+        self._untouched = True
+
+    def _start_anew(self, reader: CellReader) -> None:
+        """Networks as they were made, whatever was trained since."""
+        if not self._untouched:
+            self._build(self.denoiser.embed.means.cpu().numpy(), reader if isinstance(reader, DiskReader) else reader.counts)
+        self._untouched = False
 
     def __repr__(self) -> str:
         state = ", ".join(
@@ -682,7 +692,7 @@ class _Samples(_Draws):
 
     def sample(
         self,
-        n: int,
+        n: int | Mapping[str, int],
         label: str | None = None,
         *,
         omega: float = 0.0,
@@ -699,9 +709,9 @@ class _Samples(_Draws):
         Parameters
         ----------
         n
-            Cells to deliver.
+            Cells to deliver, or how many of each label: ``{"B cells": 500, "T cells": 200}``.
         label
-            Cell type to draw; ``None`` draws labels in the training proportions.
+            Cell type to draw; ``None`` draws labels in the training proportions, or as ``n`` says.
         omega
             Guidance weight in [-1, 3]: -1 ignores labels ("holistic"), 0 is the plain conditional model, above 0 is
             tighter and less diverse (Eq. 13).
@@ -712,7 +722,7 @@ class _Samples(_Draws):
             Share that survives the Scorer; ``ceil(n / keep)`` cells are generated. Default: the model's (0.8); 1
             switches selection off.
         seed
-            The same seed gives the same cells.
+            The same seed gives the same cells: a second draw to add to the first needs another one.
         batch_size
             Cells denoised together. The noise belongs to a batch, so another size gives other cells.
         stream
@@ -734,10 +744,22 @@ class _Samples(_Draws):
             For an unknown label or sampler, an omega, n, keep or number of steps out of range, or a model that is not
             trained.
         """
+        n, m = self._numbers(n, label, omega)
         return self._sample(
             n, label, omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size,
-            stream=stream, progress=progress,
+            stream=stream, progress=progress, m=m,
         )
+
+    def _numbers(self, n: int | Mapping[str, int], label: str | None, omega: float) -> tuple[int, np.ndarray | None]:
+        """Cells altogether, and of each label if that was asked for."""
+        if not hasattr(n, "items"):
+            return _whole("n", n), None
+        if label is not None or omega == -1 or not self.config.pre_guidance or self.config.scope == "all":
+            raise InputError("numbers per label need label=None, omega above -1, and a model with pre_guidance=True and scope='label'")
+        asked = {str(name): _whole(f"n of {name!r}", number, least=0) for name, number in n.items()}
+        if unknown := [name for name in asked if name not in self.labels]:
+            raise InputError(f"unknown label {unknown[0]!r}; known: {', '.join(self.labels)}")
+        return _whole("n", sum(asked.values())), np.array([asked.get(name, 0) for name in self.labels])
 
     def _sample(
         self,
@@ -769,23 +791,24 @@ class _Samples(_Draws):
         if sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
         steps = self._steps(sampling_steps, sampler)
-        if not 0 < keep <= 1:
-            raise InputError(f"keep must lie in (0, 1], got {keep}")
+        if not isinstance(keep, int | float | np.integer | np.floating) or not 0 < keep <= 1:
+            raise InputError(f"keep must lie in (0, 1], got {keep!r}")
         if keep < 1 and "scorer" not in self.history:
             raise InputError("this model was trained without a Scorer; pass keep=1, or train with scorer=True")
+        own = seed if label is None or omega == -1 else counter_seed(seed, "label", label)       # two labels share no noise
         if self.config.scope == "all":
-            k = self._conditions(n_to_generate(n, keep), label, omega, seed, m)
+            k = self._conditions(n_to_generate(n, keep), label, omega, own, m)
         else:
-            k, m = np.unique(self._conditions(n, label, omega, seed, m), return_counts=True)
+            k, m = np.unique(self._conditions(n, label, omega, own, m), return_counts=True)
             k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
-            k = np.random.default_rng(counter_seed(seed, "order")).permutation(k)
+            k = np.random.default_rng(counter_seed(own, "order")).permutation(k)
         x, scores = self._generate(
-            k, omega, seed=seed, sampler=sampler, steps=steps, size=batch_size, show=progress, stream=stream
+            k, omega, seed=own, sampler=sampler, steps=steps, size=batch_size, show=progress, stream=stream
         )
         if placed()[0] > 0:
             return None  # of several processes, the main one delivers
         if keep < 1:
-            kept = self._selected(scores, k if self.config.scope == "label" else None, keep, seed)
+            kept = self._selected(scores, k if self.config.scope == "label" else None, keep, own)
             generated, x, k, scores = len(k), x[kept], k[kept], scores[kept]
         else:
             generated = len(k)
@@ -839,7 +862,7 @@ class _SamplesInChunks(_Samples):
     """More new cells than memory holds."""
 
     def sample_chunks(
-        self, n: int, label: str | None = None, *, chunk_size: int = CHUNK, seed: int = 0, keep: float | None = None, omega: float = 0.0, **options
+        self, n: int | Mapping[str, int], label: str | None = None, *, chunk_size: int = CHUNK, seed: int = 0, keep: float | None = None, omega: float = 0.0, **options
     ) -> Iterator[ad.AnnData]:
         """Draw ``n`` new cells, ``chunk_size`` at a time; memory does not grow with ``n``.
 
@@ -861,7 +884,8 @@ class _SamplesInChunks(_Samples):
         InputError
             As `sample`.
         """
-        n, chunk_size, seed = _whole("n", n), _whole("chunk_size", chunk_size), _whole("seed", seed, least=0)
+        n, per_label = self._numbers(n, label, omega)
+        chunk_size, seed = _whole("chunk_size", chunk_size), _whole("seed", seed, least=0)
         share = self.config.keep if keep is None else keep
         known = {name: p.default for name, p in inspect.signature(self.sample).parameters.items() if p.kind is p.KEYWORD_ONLY}
         if unknown := options.keys() - known.keys():
@@ -872,7 +896,7 @@ class _SamplesInChunks(_Samples):
             return n_to_generate(size, share) if self.config.scope == "all" and 0 < share <= 1 else size
 
         full, rest = divmod(n - 1, chunk_size)                 # full chunks, and one of rest + 1 cells
-        left = proportional(full * to_draw(chunk_size) + to_draw(rest + 1), self.label_counts)
+        left = proportional(full * to_draw(chunk_size) + to_draw(rest + 1), self.label_counts) if per_label is None else per_label
         for i in range(full + 1):
             size = chunk_size if i < full else rest + 1
             rng = np.random.default_rng(counter_seed(seed, "chunk labels", i))
@@ -885,7 +909,8 @@ class _SamplesInChunks(_Samples):
             yield cells
 
     def sample_to(
-        self, path: str | Path, n: int, label: str | None = None, *, chunk_size: int = CHUNK, seed: int = 0, progress: bool | None = None, **options
+        self, path: str | Path, n: int | Mapping[str, int], label: str | None = None, *, chunk_size: int = CHUNK, seed: int = 0,
+        progress: bool | None = None, **options
     ) -> dict:
         """Draw ``n`` new cells into an ``.h5ad`` file, chunk by chunk; one is written while the next is drawn.
 
@@ -909,12 +934,14 @@ class _SamplesInChunks(_Samples):
         OSError
             If the disk is full.
         """
-        n, chunk_size = _whole("n", n), _whole("chunk_size", chunk_size)
+        asked, (n, _), chunk_size = n, self._numbers(n, label, options.get("omega", 0.0)), _whole("chunk_size", chunk_size)
         if Path(path).expanduser().is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
+        if Path(path).suffix != ".h5ad":
+            raise InputError(f"{path} must end in .h5ad, which is what is written")
         facts: dict[str, Any] = {}
         pending: Future | None = None
-        chunks = self.sample_chunks(n, label, chunk_size=chunk_size, seed=seed, progress=progress if n <= chunk_size else False, **options)
+        chunks = self.sample_chunks(asked, label, chunk_size=chunk_size, seed=seed, progress=progress if n <= chunk_size else False, **options)
         if placed()[0] > 0:
             for _ in chunks:
                 pass  # of several processes, the main one writes
@@ -966,6 +993,8 @@ class _Learns(_SamplesInChunks):
         progress: bool | None = None,
     ) -> Self:
         """Train Round/Map, then the denoiser on frozen latents (Algorithm 1), then the Scorer.
+
+        A training starts from fresh weights, also if there was one before; `resume` goes on from checkpoints.
 
         Parameters
         ----------
@@ -1039,12 +1068,13 @@ class _Learns(_SamplesInChunks):
             return None if folder is None else folder / f"{stage}.safetensors"
 
         if autoencoder is not None:
-            self._take_autoencoder(autoencoder)
+            self._take_autoencoder(autoencoder, reader)
         elif resume and folder is not None and team.on_main((folder / "denoiser.safetensors").exists):
             team.on_main(lambda: _same_autoencoder(folder / "autoencoder.safetensors", ae_steps, common["budget_s"]))
         for stage in ("scorer", "denoiser", *(["autoencoder"] if autoencoder is None else [])):
             self.history.pop(stage, None)                # a training that ends early leaves no stage of an earlier one
         if autoencoder is None:
+            self._start_anew(reader)
             done = train_autoencoder(
                 self.autoencoder, self._encoder_reader(reader), steps=ae_steps, checkpoint=file("autoencoder"),
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
@@ -1124,19 +1154,21 @@ class _Learns(_SamplesInChunks):
         found = {stage: checkpoint_facts(file) for stage, file in files.items() if file.exists()}
         return bool(found) and all({k: facts.get(k) for k in wanted[stage]} == wanted[stage] for stage, facts in found.items())
 
-    def _take_autoencoder(self, other: "SCLD") -> None:
-        """Round and Map of another model, if they fit."""
+    def _take_autoencoder(self, other: "SCLD", reader: CellReader) -> None:
+        """Round and Map of another model, if they fit, and all else anew."""
         if "autoencoder" not in other.history:
             raise InputError("the other model's autoencoder is not trained; call its train() first")
         if other.genes != self.genes or other.config.transform != self.config.transform:
             raise InputError("the other model's autoencoder was trained on other genes or another transform")
-        for name in ("head", "dispersion", "outliers", "latent", "hidden", "latent_act", "out_act"):
+        for name in ("head", "dispersion", "outliers", "latent", "hidden", "decoder_width", "decoder_rank", "latent_act", "out_act"):
             if getattr(other.config, name) != getattr(self.config, name):
                 raise InputError(
                     f"the other model's autoencoder has {name}={getattr(other.config, name)!r}, this model "
                     f"{getattr(self.config, name)!r}; construct both with the same"
                 )
-        self.autoencoder.load_state_dict(other.autoencoder.state_dict())
+        weights = {name: value.clone() for name, value in other.autoencoder.state_dict().items()}
+        self._start_anew(reader)
+        self.autoencoder.load_state_dict(weights)
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
     def _note(self, stage: str, done: FitResult, keep_partial: bool, budget_s: float | None) -> None:
@@ -1242,7 +1274,7 @@ class SCLD(_Learns):
     def reconstruct(self, adata: Cells | None = None, *, layer: str | None = None) -> ad.AnnData:
         """Map(Round(x)) of real cells: what the decoder alone makes of them, the bound for every generated cell.
 
-        A count head draws: a latent near Round's answer, and counts with the cell's own library size.
+        A count head draws: a latent near Round's answer, and counts with the cell's own library size. Names and labels of the cells are kept.
         """
         reader, x = self._encoder_reader(self._read(adata, layer)), []
         with torch.no_grad():
@@ -1256,6 +1288,10 @@ class SCLD(_Learns):
                     z = z + spread * noise.to(self.device)
                 x += [sparse_rows(part, np.float32 if self.config.head == "mse" else np.int32) for part in self._decoded(z, counter_seed(seed, "counts"))]
         out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
+        if isinstance(adata, ad.AnnData):
+            out.obs = adata.obs[[self.labels_key] if self.labels_key in adata.obs else []].copy()
+        elif adata is None and self.labels_key is not None:
+            out.obs[self.labels_key] = pd.Categorical.from_codes(self._codes, categories=self.labels)
         out.uns["scld"] = {"scale": self._scale(), "target_sum": TARGET_SUM, "version": __version__}
         return out
 

@@ -18,7 +18,8 @@ from .data import InputError
 from .evaluation import SPACES, compare, expression
 from .experiments import COUNTED, FIGURE4_METHODS, FUSION_NAMES, METHODS, SCORED, Study, TABLE5_METHODS, default_methods
 from .metrics import mmd_bandwidth
-from .model import SCLD, count_autoencoder_steps, make_config
+from .model import SCLD, Config, count_autoencoder_steps, make_config
+from .sampling import default_steps
 from .scorer import n_to_generate
 from .training import TrainingError
 
@@ -154,6 +155,16 @@ def _draws(study: Study, missing: list[tuple[str, str, int]]) -> set[tuple[str, 
     return {(d, s) for d, s in need if not (study.drawn / f"{d}-seed{s}.h5ad").exists()}
 
 
+def _settings(study: Study) -> Config:
+    """Those of the study's models of the paper."""
+    return make_config(**({"head": "mse"} | study.options))
+
+
+def _sampling_steps(study: Study) -> int:
+    settings = _settings(study)
+    return study.budget.sampling_steps or default_steps(settings.sampler, settings.T)
+
+
 def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -> float:
     b = study.budget
     if speed is None:
@@ -162,8 +173,7 @@ def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -
     if variant == "counts":                             # its steps cost about as much as those of the paper's head
         stages = {"autoencoder": study._count_ae_steps or count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
     seconds = sum(n * speed[k] if b.budget_s is None else min(n * speed[k], b.budget_s / 2) for k, n in stages.items())
-    model_steps = b.sampling_steps or 1000
-    fakes = min(study.train.n_obs, make_config().scorer_cells) * model_steps * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
+    fakes = min(study.train.n_obs, _settings(study).scorer_cells) * _sampling_steps(study) * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
     return round(seconds + fakes, 1)
 
 
@@ -187,5 +197,5 @@ def _judge_seconds(study: Study, experiment: str, speed: dict[str, float] | None
         return np.nan
     if experiment == "figure4":
         return 0.0
-    cells = n_to_generate(study.n, 0.8) * (3 if experiment == "figure5" else 1)
-    return round(speed["judge"] + cells * (study.budget.sampling_steps or 1000) * speed["sampling"], 1)
+    cells = n_to_generate(study.n, _settings(study).keep) * (3 if experiment == "figure5" else 1)
+    return round(speed["judge"] + cells * _sampling_steps(study) * speed["sampling"], 1)

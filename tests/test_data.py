@@ -1031,3 +1031,87 @@ def test_labels_with_raised_digits_can_be_split():
     assert set(test.obs["dose"]) == {"10", "10²"} and train.n_obs == 48
     cells.obs["dose"] = np.where(np.arange(60) % 2, "²", "1")
     assert split(cells, stratify="dose")[1].n_obs == 12
+
+
+@pytest.fixture
+def seurat(tmp_path):
+    """Counts in raw with all genes, X logged with half of them."""
+    counts = planted_cells(80, 30)
+    adata = counts[:, 5:20].copy()
+    adata.raw = counts
+    sc.pp.normalize_total(adata)
+    sc.pp.log1p(adata)
+    return counts, adata
+
+
+def test_counts_in_raw_are_named_and_can_be_taken(seurat, tmp_path):
+    counts, adata = seurat
+    with pytest.raises(InputError, match="looks log-transformed.*; adata.raw holds whole numbers, layer='raw' takes them$"):
+        data.counts_matrix(adata)
+    assert (data.counts_matrix(adata, layer="raw") != counts.X[:, 5:20]).nnz == 0
+    assert (data.counts_matrix(adata[10:30, ::-1], layer="raw") != counts.X[10:30, 19:4:-1]).nnz == 0
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    taken = data.load(tmp_path / "s.h5ad", layer="raw", labels="cell_type")
+    kept = counts[:, taken.var_names]
+    assert taken.n_vars > 15 and (taken.layers["counts"] != kept.X).nnz == 0 and (taken.obs["cell_type"] == counts.obs["cell_type"]).all()
+    adata.raw = adata
+    with pytest.raises(InputError, match="not counts; put raw counts there, or name their layer with layer= .--layer.$"):
+        data.counts_matrix(adata)
+    other = counts[:, :3].copy()
+    adata = counts.copy()
+    adata.raw = other
+    with pytest.raises(InputError, match="adata.raw has 3 genes, which are not all of the 30"):
+        data.counts_matrix(adata, layer="raw")
+
+
+def test_zarr_and_measurements_are_named(tmp_path):
+    with pytest.raises(InputError, match="zarr is not read here; anndata.read_zarr"):
+        data.load(tmp_path / "x.zarr")
+    cells = planted_cells(40, 30)
+    cells.obs["n"] = np.arange(40)
+    cells.write_h5ad(tmp_path / "x.h5ad")
+    with pytest.raises(InputError, match="has 40 labels for 40 cells: a measurement or names of cells"):
+        data.load(tmp_path / "x.h5ad", labels="n")
+
+
+def drawn_like(cells, scale="counts"):
+    out = ad.AnnData(cells.X.astype(np.int32), obs=pd.DataFrame({"cell_type": cells.obs["cell_type"].astype(str).astype("category").to_numpy()},
+                     index=[f"scld_{i}" for i in range(cells.n_obs)]), var=pd.DataFrame(index=cells.var_names))
+    out.uns["scld"] = {"scale": scale, "labels_key": "cell_type"}
+    return out
+
+
+def test_joined_cells_are_counts_with_names_of_their_own(tmp_path):
+    real = planted_cells(60, 30)
+    real.obs["cell_type"] = real.obs["cell_type"].cat.rename_categories({"B": 1, "NK": 2, "T": 3})
+    real.obs["doublet"], real.obs["batch"], real.var["symbol"] = [True, False] * 30, pd.Categorical(["x", "y"] * 30), [f"s{i}" for i in range(30)]
+    real.layers["counts"] = real.X.copy()
+    sc.pp.normalize_total(real)
+    sc.pp.log1p(real)
+    own = real[:, ::-1][:, 2:]                                  # the model knows fewer genes, in another order
+    fake = drawn_like(ad.AnnData(own.layers["counts"], obs=own.obs, var=own.var))
+    more = fake[:10].copy()
+    more.layers["counts"] = more.X.copy()                       # went through scanpy since
+    sc.pp.normalize_total(more)
+    both = data.join(real, [fake, more])
+    assert both.shape == (130, 28) and list(both.var_names) == list(real.var_names[:28]) and list(both.var["symbol"]) == [f"s{i}" for i in range(28)]
+    assert both.obs["source"].value_counts().to_dict() == {"synthetic": 70, "real": 60} and both.obs_names.is_unique
+    assert (both.X[:60] != real.layers["counts"][:, :28]).nnz == 0 and (both.X[60:120] != both.X[:60]).nnz == 0 and (both.X[120:] != both.X[:10]).nnz == 0
+    assert both.X.dtype == np.int32 and (both.layers["counts"] != both.X).nnz == 0 and both.layers["counts"].data is not both.X.data
+    assert set(both.obs["cell_type"].cat.categories) == {"1", "2", "3"} and both.obs["cell_type"].notna().all()
+    both.write_h5ad(tmp_path / "both.h5ad")
+    back = ad.read_h5ad(tmp_path / "both.h5ad")
+    assert back.obs["doublet"][:60].tolist() == [True, False] * 30 and back.obs["doublet"][60:].isna().all()
+    assert list(real.obs["cell_type"].cat.categories) == [1, 2, 3]                                                       # as it was
+
+
+def test_what_cannot_be_joined():
+    real = planted_cells(60, 30)
+    fake = drawn_like(real)
+    for synth, options, message in ((fake, {"key": "cell_type"}, "has a column 'cell_type' already"), ([], {}, "must be an AnnData of drawn cells"),
+                                    (drawn_like(real, "log1p20k"), {}, "hold expected expression, not counts"),
+                                    ([fake, fake[:, 1:]], {}, "1 genes, e.g. 'gene0', are not in all cells")):
+        with pytest.raises(InputError, match=message):
+            data.join(real, synth, **options)
+    with pytest.raises(InputError, match="2 genes, e.g. 'gene0', are not in all cells"):
+        data.join(real[:, 2:], fake)

@@ -485,7 +485,8 @@ def test_cells_that_were_normalised_after_they_were_drawn_are_refused(groups):
     drawn = synthetic(fake, "counts", fake.X.copy())
     logged = drawn.copy()
     sc.pp.normalize_total(logged)
-    for part, message in ((logged, "synth.X holds non-integer values.*was X changed since"), (sc.pp.log1p(logged, copy=True), "log-transformed after the cells were drawn")):
+    for part, message in ((logged, "synth.X holds non-integer values.*was X changed since"), (sc.pp.log1p(logged, copy=True), "synth.X holds non-integer values.*was X changed since"),
+                          (sc.pp.log1p(synthetic(fake, "counts20k"), copy=True), "log-transformed after the cells were drawn")):
         with pytest.raises(InputError, match=message) as error:
             evaluate(real, part, **QUICK)
         assert "synth" in str(error.value)
@@ -520,3 +521,42 @@ def test_files_that_cannot_be_judged(files, groups, broken, options, message):
         evaluate(files["real"], files["synth"], **options, **QUICK)
     with pytest.raises(InputError, match="no such file"):
         evaluate(files["real"], files["real"].with_name("nowhere.h5ad"), **QUICK)
+
+
+def test_drawn_cells_may_have_gone_through_scanpy_if_their_counts_are_there():
+    real, fake = cells(60, seed=1), cells(60, seed=2)
+    made = synthetic(fake, "counts", fake.X)
+    plain = evaluate(real, made, **QUICK)
+    made.layers["counts"] = made.X.copy()
+    made.X = made.X.astype(np.float32).log1p()
+    made.uns["log1p"] = {"base": None}
+    assert evaluate(real, made, **QUICK).records == plain.records
+    made.X = made.layers["counts"].copy()
+    del made.layers["counts"]                                   # counts again, whatever uns says
+    assert evaluate(real, made, **QUICK).records == plain.records
+
+
+def test_repeated_draws_are_noted():
+    real, fake = cells(60, seed=1), cells(30, seed=2)
+    twice = ad.concat([fake, fake], index_unique="-")
+    notes = evaluate(real, synthetic(twice, "counts", twice.X), train=cells(60, seed=3), **QUICK).notes
+    assert any("30 of 60 synthetic cells repeat another one exactly (real cells: 0): the same seed draws the same cells" in note for note in notes)
+    whole = cells(60, seed=2)
+    assert not any("repeat" in note for note in evaluate(real, synthetic(whole, "counts", whole.X), train=cells(60, seed=3), **QUICK).notes)
+
+
+def test_nothing_in_common_and_nothing_at_all():
+    real, fake = cells(60, seed=1), cells(60, seed=2)
+    real.obs["type"], fake.obs["type"] = "T cell", "T-cell"
+    with pytest.raises(InputError, match="no label of 'type' in common .'T cell', 'T-cell'.: use the same names"):
+        evaluate(real, synthetic(fake), labels_key="type", **QUICK)
+    with pytest.raises(InputError, match="synth must be an AnnData or the path of an .h5ad file, got NoneType"):
+        evaluate(real, None, **QUICK)
+
+
+def test_a_report_shows_itself_as_a_table(tmp_path):
+    report = evaluate(cells(60, seed=1), synthetic(cells(60, seed=2)), **QUICK)
+    assert repr(report) == str(report) and "rf_auc" in repr(report)
+    (tmp_path / "report.json").write_text('{"format": 1}')
+    with pytest.raises(InputError, match="not a report of format 1"):
+        Report.load(tmp_path)

@@ -921,3 +921,61 @@ def test_a_model_may_keep_its_own_autoencoder_and_a_refusal_leaves_it_trained(ce
     with pytest.raises(InputError, match="is not trained"):
         model.train(10, autoencoder=SCLD(cells, "cell_type", **tiny), progress=False)
     assert set(model.history) == {"autoencoder", "denoiser"}
+
+
+def test_a_second_training_starts_where_the_first_did(cells, tiny):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    draws = [model.train(15, ae_steps=10, progress=False).sample(30, seed=1, progress=False) for _ in range(2)]
+    assert (draws[0].X != draws[1].X).nnz == 0
+    other = SCLD(cells, "cell_type", device="cpu", **tiny).train(15, progress=False, autoencoder=model)
+    again = model.train(15, progress=False, autoencoder=model)
+    assert all(torch.equal(a, b) for a, b in zip(other.denoiser.parameters(), again.denoiser.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(other.autoencoder.parameters(), again.autoencoder.parameters()))
+
+
+def test_two_labels_share_no_noise_and_one_label_does_at_every_omega(tiny_model, monkeypatch):
+    seen, original = [], SCLD._generate
+    monkeypatch.setattr(SCLD, "_generate", lambda self, k, omega, **options: seen.append(options["seed"]) or original(self, k, omega, **options))
+    for label, omega in (("T", 0.0), ("B", 0.0), ("T", 1.0), ("T", -1.0), (None, 0.0)):
+        tiny_model.sample(3, label, omega=omega, seed=5, sampling_steps=2, progress=False)
+    assert seen[0] == seen[2] and len(set(seen)) == 3 and seen[3] == seen[4] == 5
+
+
+def test_numbers_per_label(tiny_model, cells, tiny, tmp_path):
+    asked = {"B": 7, "T": 4, "NK": 0}
+    made = tiny_model.sample(asked, seed=2, sampling_steps=3, progress=False)
+    assert made.obs["cell_type"].value_counts().to_dict() == asked and made.obs["cell_type"].iloc[:7].nunique() == 2      # shuffled
+    series = tiny_model.sample(pd.Series(asked), seed=2, sampling_steps=3, progress=False)
+    assert (made.X != series.X).nnz == 0
+    parts = list(tiny_model.sample_chunks(asked, chunk_size=5, seed=2, sampling_steps=3, progress=False))
+    assert [p.n_obs for p in parts] == [5, 5, 1]
+    assert sum(p.obs["cell_type"].value_counts() for p in parts).to_dict() == asked
+    assert tiny_model.sample_to(tmp_path / "x.h5ad", asked, chunk_size=5, seed=2, sampling_steps=3, progress=False)["chunks"] == 3
+    for wrong, options, message in (({"Z": 3}, {}, "unknown label 'Z'; known: B"), ({"T": -1}, {}, "n of 'T' must be a whole number of at least 0"),
+                                    ({"T": 0}, {}, "n must be a whole number of at least 1"), ({"T": 3}, {"label": "T"}, "need label=None"),
+                                    ({"T": 3}, {"omega": -1}, "omega above -1"), (3, {"keep": "0.5"}, "keep must lie in")):
+        with pytest.raises(InputError, match=message):
+            tiny_model.sample(wrong, progress=False, **options)
+    with pytest.raises(InputError, match="scope='label'"):
+        SCLD(cells, "cell_type", device="cpu", **tiny, scope="all").train(2, ae_steps=2, progress=False).sample({"T": 3}, progress=False)
+    with pytest.raises(InputError, match="must end in .h5ad"):
+        tiny_model.sample_to(tmp_path / "x.csv", 3, progress=False)
+
+
+def test_reconstructions_keep_names_and_labels(tiny_model, cells):
+    some = cells[5:40].copy()
+    some.obs_names = [f"cell {i}" for i in range(35)]
+    made = tiny_model.reconstruct(some)
+    assert list(made.obs_names) == list(some.obs_names) and (made.obs["cell_type"] == some.obs["cell_type"]).all() and list(made.obs) == ["cell_type"]
+    own = tiny_model.reconstruct()
+    assert (own.obs["cell_type"].to_numpy() == cells.obs["cell_type"].to_numpy()).all()
+    del some.obs["cell_type"]
+    assert list(tiny_model.reconstruct(some).obs) == []
+
+
+def test_a_measurement_is_no_label(cells, tiny):
+    some = cells.copy()
+    some.obs["score"], some.obs["id"] = np.linspace(0, 1, some.n_obs), np.arange(some.n_obs)
+    for key, message in (("score", "holds fractions"), ("id", "has 300 labels for 300 cells"), (["score", "id"], "name of one column")):
+        with pytest.raises(InputError, match=message):
+            SCLD(some, key, device="cpu", **tiny)

@@ -1,4 +1,6 @@
 """The list of work before a long run: counted from the results store, timed by a short calibration."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -47,11 +49,9 @@ def test_table_4_needs_a_row_of_table_3(tmp_path):
     assert table.loc["judge table3", "runs to do"] == 2 and table.loc["judge table4", "runs to do"] == 4
 
 
-def test_fakes_for_the_scorer_are_at_most_what_it_takes(tmp_path, monkeypatch):
+def test_fakes_for_the_scorer_are_at_most_what_it_takes(tmp_path):
     rows = {"tables": ["3"], "figures": [], "methods": ["scld_pre"], "speed": SPEED}
-    study = make_study(tmp_path)
-    monkeypatch.setattr(pl, "make_config", lambda: pl.SCLD(study.train, study.labels_key, device="cpu", scorer_cells=100).config)
-    assert pl.plan(study, **rows).loc["train SCLD (add)", "seconds each"] == pytest.approx(4 * 0.5 + 4 * 1.0 + 100 * 3 * 0.001, abs=0.06)
+    assert pl.plan(make_study(tmp_path, scorer_cells=100), **rows).loc["train SCLD (add)", "seconds each"] == pytest.approx(4 * 0.5 + 4 * 1.0 + 100 * 3 * 0.001, abs=0.06)
 
 
 def test_equal_budgets_need_scld_first(tmp_path):
@@ -74,3 +74,25 @@ def test_calibration_times_what_runs_and_leaves_out_what_cannot(tmp_path):
     assert {"autoencoder", "denoiser", "sampling", "judge", "scgan"} <= set(speed) and "sugar" not in speed
     assert all(v > 0 for v in speed.values())
     assert not study.results.exists() and not study.models.exists()
+
+
+def test_keep_and_the_number_of_noise_levels_count(tmp_path):
+    few, many = (make_study(tmp_path, keep=keep) for keep in (1.0, 0.1))
+    for study in (few, many):
+        study.budget = replace(study.budget, sampling_steps=None)       # as on any set but the embedded one
+    assert pl._judge_seconds(few, "table3", SPEED) == pytest.approx(2 + few.n * 12 * 0.001, abs=0.06)
+    assert pl._judge_seconds(many, "table3", SPEED) == pytest.approx(2 + few.n * 10 * 12 * 0.001, abs=0.06)
+
+
+def test_seconds_of_a_clock_are_halved_and_only_a_model_with_a_scorer_draws_fakes(tmp_path):
+    study = make_study(tmp_path, budget_s=2, steps=1000)
+    fakes = study.train.n_obs * 3 * SPEED["sampling"]
+    assert pl._train_seconds(study, "add", SPEED) == pytest.approx(2 + fakes, abs=0.06)
+    assert pl._train_seconds(study, "attn", SPEED) == pytest.approx(1, abs=0.06)
+
+
+def test_a_judgement_is_drawn_out_to_the_trees_asked_for(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(pl.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pl, "compare", lambda *a, n_trees, **o: clock.__setitem__(0, clock[0] + 5 + n_trees / 2))
+    assert pl._judgement(make_study(tmp_path, n_trees=100)) == pytest.approx(2 * (5 + 100 / 2))

@@ -1,5 +1,7 @@
 """The samplers against diffusers, closed forms and each other."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scld_nb import sampling
 from scld_nb.data import InputError
 from scld_nb.guidance import Denoiser, guided_eps
-from scld_nb.sampling import SAMPLERS, VARIANCES, ddim_step, ddpm_step, dpmpp_step, guided_sampler, sample_latents
+from scld_nb.sampling import SAMPLERS, VARIANCES, ddim_step, ddpm_step, default_steps, dpmpp_step, guided_sampler, sample_latents
 from scld_nb.schedules import linear_schedule
 from scld_nb.training import counter_seed
 
@@ -358,3 +361,14 @@ def test_bf16_sampling_on_cpu_is_close_and_leaves_the_global_setting(denoiser):
     reduced = sample_latents(guided_sampler(denoiser, k, 0.5, precision="bf16"), SCHEDULE, (9, 6), steps=12, sampler="ddim")
     assert torch.get_float32_matmul_precision() == before
     assert (reduced - plain).norm() / plain.norm() < 0.1
+
+
+def test_a_solver_takes_no_more_steps_than_there_are():
+    assert [default_steps(s, 5) for s in sampling.SAMPLERS] == [5, 5, 5, 5] and default_steps("dpm++", 1000) == 20
+
+
+def test_the_denoiser_is_asked_in_the_precision_given(monkeypatch):
+    seen, net = [], Denoiser(torch.randn(3, 9), 6, widths=(8,), e_width=8)
+    monkeypatch.setattr(sampling, "reduced_precision", lambda device, precision: seen.append(precision) or nullcontext())
+    sampling.guided_sampler(net, torch.zeros(4, dtype=torch.long), 0.0, precision="bf16")(torch.randn(4, 6), torch.full((4,), 3))
+    assert seen == ["bf16"]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scld_nb.data import CellReader, InputError
-from scld_nb.scorer import Scorer, bounded_queue, keep_top, n_to_generate, train_scorer
+from scld_nb.scorer import Scorer, bounded_queue, keep_by_odds, keep_top, n_to_generate, train_scorer
 
 CPU = torch.device("cpu")
 
@@ -274,3 +274,13 @@ def test_a_slow_producer_can_watch_stop():
     for _ in bounded_queue(produce(), stop=stop):
         break
     assert stop.is_set() and not sampling_threads()
+
+
+def test_selection_weights_are_odds_held_within_a_twentieth_and_twenty():
+    s = np.random.default_rng(0).uniform(0.06, 0.94, 400)
+    keys = np.log(s / (1 - s)) + np.random.default_rng(7).gumbel(size=400)
+    assert np.array_equal(keep_by_odds(s, keep=0.5, seed=7), np.sort(np.argsort(-keys)[:200]))
+    certain, likely = (keep_by_odds(np.array([p] + [0.5] * 99), keep=0.5, seed=3) for p in (1 - 1e-12, 20 / 21))
+    assert np.array_equal(certain, likely)
+    kept = [np.isin(0, keep_by_odds(np.array([1e-12] + [0.5] * 99), keep=0.5, seed=seed)) for seed in range(200)]
+    assert 2 < sum(kept) < 30        # odds 1:20, not none at all

@@ -171,7 +171,7 @@ def test_progress_bars_show_only_where_somebody_looks(monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     for tty in (False, True):
         monkeypatch.setattr(sys, "stderr", Terminal(tty))
-        assert progress_bar(3, "demo").disable is not tty
+        assert isinstance(progress_bar(3, "demo"), training._Lines) is not tty and not progress_bar(3, "demo").disable
         assert progress_bar(3, "demo", show=False).disable
         assert not progress_bar(3, "demo", show=True).disable
     with progress_bar(3, "demo") as bar:
@@ -862,3 +862,20 @@ def test_precisions_of_several_threads_end_in_the_users():
     leave.set()
     thread.join()
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_log_file_gets_lines_and_no_bar(monkeypatch):
+    for name in ("IN_TEST", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stderr", Terminal(False))
+    with progress_bar(2_000, "denoiser") as bar:                # over before there was anything to tell
+        bar.update(1_000)
+    assert sys.stderr.text == ""
+    monkeypatch.setattr(training, "LINE_EVERY_S", 0.0)
+    with progress_bar(2_000, "denoiser") as bar:
+        bar.update(1_500)
+    first, last = sys.stderr.text.splitlines()
+    assert first == "denoiser: 0 of 2,000 steps" and last.startswith("denoiser: 1,500 of 2,000 steps, about 00:00 left")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert progress_bar(3, "demo").disable
