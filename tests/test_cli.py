@@ -886,3 +886,20 @@ def test_counts_in_x_can_be_asked_for_by_name(tmp_path):
     assert (data.counts_matrix(cells, layer="X") != cells.X).nnz == 0
     loaded = data.load(tmp_path / "cells.h5ad", labels="cell_type", layer="X")
     assert loaded.layers["counts"].data.max() == cells.X.data.max()
+
+
+@pytest.mark.parametrize("omega", ["-1", "0"])
+def test_a_label_that_omega_ignores_is_noted(trained, tmp_path, capsys, omega):
+    capsys.readouterr()
+    assert call(f"sample {trained} -n 5 -o {tmp_path}/x.h5ad --label T --omega {omega} --sampling-steps 2 --keep 1") == 0
+    assert ("note: omega -1 ignores labels, so these are cells in general and not 'T'" in capsys.readouterr().err) == (omega == "-1")
+
+
+def test_counts_in_raw_can_be_asked_for(tmp_path, refuse):
+    cells = planted_cells(120, seed=3)
+    cells.raw = cells
+    cells.X = cells.X.log1p()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert "adata.raw holds whole numbers, layer='raw' takes them" in refuse(f"train cells.h5ad -o m --labels cell_type --device cpu {SETTINGS}")
+    assert call(f"train {tmp_path}/cells.h5ad -o {tmp_path}/m --labels cell_type --layer raw --steps 2 --device cpu {SETTINGS}") == 0
+    assert ad.read_h5ad(tmp_path / "m" / "train.h5ad").X.data.max() > 5
