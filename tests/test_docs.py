@@ -127,6 +127,7 @@ def test_every_chapter_has_a_page_with_its_outputs(site, build):
         assert html.unescape(re.sub(r"<[^>]+>", "", re.search(r"<h1>(.*?)<a class", text, re.S)[1])).replace("’", "'") == title
         shown = [c for c in cells if c["cell_type"] == "code" and "#| hide" not in "".join(c["source"])]
         pictures = sum("image/png" in o.get("data", {}) for c in shown for o in c["outputs"])
+        pictures += sum("".join(c["source"]).count("![") for c in cells if c["cell_type"] == "markdown")
         assert len(re.findall(r'<img[^>]+src="\.\./(?:\.\./)?_images/', text)) == pictures, chapter.name
         assert text.count('class="cell_output ') == sum(bool(c["outputs"]) for c in shown), chapter.name
         assert not re.search(r"^#\|", text, re.M) and 'class="n">default_exp' not in text
