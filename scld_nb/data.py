@@ -989,8 +989,7 @@ def join(real: ad.AnnData, synth: ad.AnnData | Sequence[ad.AnnData], *, key: str
             raise InputError(f"{len(lost)} genes, e.g. {min(lost)!r}, are not in all cells; take draws of one model and real cells with all of its genes")
         about, obs = cells.uns.get("scld", {}), cells.obs.copy()
         for column in {str(draw.uns["scld"]["labels_key"]) for draw in draws if "labels_key" in draw.uns.get("scld", {})} & set(obs):
-            text = obs[column].astype("string")
-            obs[column] = pd.Categorical(text, categories=list(dict.fromkeys(map(str, pd.Categorical(obs[column]).categories))))
+            obs[column] = pd.Categorical(obs[column]).rename_categories(str)
         for column in obs.select_dtypes(bool):
             obs[column] = obs[column].astype("boolean")        # which knows of missing values
         counts = counts_matrix(cells, layer=None if about else layer)[:, cells.var_names.get_indexer(genes)]

@@ -923,6 +923,13 @@ def test_a_model_may_keep_its_own_autoencoder_and_a_refusal_leaves_it_trained(ce
     assert set(model.history) == {"autoencoder", "denoiser"}
 
 
+def test_a_second_training_from_disk_starts_where_the_first_did(cells, tiny, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    model = SCLD(tmp_path / "cells.h5ad", "cell_type", device="cpu", **tiny)
+    draws = [model.train(10, ae_steps=8, progress=False).sample(30, progress=False) for _ in range(2)]
+    assert (draws[0].X != draws[1].X).nnz == 0
+
+
 def test_a_second_training_starts_where_the_first_did(cells, tiny):
     model = SCLD(cells, "cell_type", device="cpu", **tiny)
     draws = [model.train(15, ae_steps=10, progress=False).sample(30, seed=1, progress=False) for _ in range(2)]
