@@ -345,7 +345,7 @@ def train(
         typer.Option(help="What the decoder gives: counts (zinb, nb, poisson) or, as in the paper, expected values (mse)."),
     ] = None,
     dispersion: Annotated[
-        str | None, typer.Option(help="Count heads: dispersion per gene-cell (default) or per gene.")
+        str | None, typer.Option(help="Count heads: gene-cell (default), gene, or trend, see scld_nb.counts.CountMap.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of the denoiser; default: 6000, more beyond 8000 cells, with --head mse 20000.")

@@ -15,6 +15,7 @@ from scipy import stats
 from scld_nb import counts as counts_module
 from scld_nb.counts import (
     DISPERSIONS,
+    GAIN,
     HEADS,
     CountAutoencoder,
     CountMap,
@@ -195,13 +196,13 @@ def test_means_add_up_to_the_library(head, dispersion):
     total = p.log_mu.exp().sum(1) / torch.tensor([100.0, 1.0, 5000.0, 33.0])
     assert ((total > 0.5) & (total <= 2.0001)).all()
     assert (p.log_r is None) == (head == "poisson") and (p.logit is not None) == (head == "zinb")
-    assert head == "poisson" or (p.log_r.ndim == 2) == (dispersion == "gene-cell")
+    assert head == "poisson" or (p.log_r.ndim == 2) == (dispersion != "gene")
 
 
 def test_unknown_head_and_dispersion_are_named():
     with pytest.raises(InputError, match="unknown head 'gauss'; known: zinb, nb, poisson"):
         CountMap(3, head="gauss")
-    with pytest.raises(InputError, match="unknown dispersion 'cell'; known: gene-cell, gene"):
+    with pytest.raises(InputError, match="unknown dispersion 'cell'; known: gene-cell, gene, trend"):
         CountMap(3, dispersion="cell")
 
 
@@ -389,3 +390,53 @@ def test_an_interrupted_training_of_counts_is_resumed_bit_for_bit(tmp_path):
     again = model().train(30, ae_steps=30, scorer=False, progress=False, checkpoint_dir=tmp_path, resume=True)
     a, b = whole.sample(20, keep=1, progress=False), again.sample(20, keep=1, progress=False)
     assert (a.X != b.X).nnz == 0
+
+
+# ------------------------------------------------------------------ a dispersion that follows the mean
+
+def with_trend(seed=0, n_genes=12):
+    torch.manual_seed(seed)
+    decoder = CountMap(n_genes, 3, dispersion="trend").eval()
+    return decoder, torch.randn(5, 3), torch.full((5, 1), 1000.0).log()
+
+
+def test_the_slope_ties_log_r_to_the_log_fold_of_the_share():
+    decoder, z, library = with_trend()
+    flat = decoder(z, library)
+    with torch.no_grad():
+        decoder.trend.copy_(torch.linspace(-0.2, 0.2, 12) / GAIN)
+    h = torch.nn.functional.layer_norm(decoder.net(z), (128,))
+    fold = h @ decoder.mean.weight.T
+    found = decoder(z, library)
+    assert torch.equal(found.log_mu, flat.log_mu)
+    np.testing.assert_allclose((found.log_r - flat.log_r).detach(), (torch.linspace(-0.2, 0.2, 12) * fold).detach(), atol=1e-5)
+
+
+def test_mending_the_means_leaves_r_alone():
+    decoder, z, library = with_trend(1)
+    with torch.no_grad():
+        decoder.trend.fill_(0.3 / GAIN)
+        before = decoder(z, library)
+        decoder.mean.bias[4] -= 0.7
+        after = decoder(z, library)
+    assert torch.allclose(before.log_r, after.log_r, atol=1e-5) and torch.allclose(after.log_mu[:, 4], before.log_mu[:, 4] - 0.7, atol=1e-5)
+
+
+def test_r_of_a_trend_has_a_floor_and_starts_at_one_or_above():
+    start = count_start(sp.csr_matrix(np.random.default_rng(0).negative_binomial(0.05, 0.01, (400, 6))))
+    assert (start.log_r < 0).any()
+    for dispersion, least in (("gene-cell", -6.0), ("trend", -2.0)):
+        decoder = CountMap(6, 2, dispersion=dispersion, start=start)
+        assert torch.allclose(GAIN * decoder.log_r.detach(), torch.from_numpy(start.log_r).clamp_min(0.0 if dispersion == "trend" else -9.0))
+        with torch.no_grad():
+            decoder.log_r.fill_(-9.0 / GAIN)
+            assert decoder(torch.zeros(1, 2), torch.zeros(1, 1)).log_r.eq(least).all()
+
+
+def test_slopes_have_a_prior_of_their_own():
+    decoder, *_ = with_trend()
+    before = decoder.penalty(0.7)
+    with torch.no_grad():
+        decoder.trend[3] = 0.6 / GAIN
+    assert float(decoder.penalty(0.7) - before) == pytest.approx(0.6**2 / (2 * 0.3**2), rel=1e-4)
+    assert CountMap(4, 2, head="poisson", dispersion="trend").trend is None

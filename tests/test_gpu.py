@@ -109,7 +109,7 @@ def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
 # ------------------------------------------------------------------ likelihood of every entry
 
 @pytest.mark.parametrize("head", ["zinb", "nb", "poisson"])
-@pytest.mark.parametrize("dispersion", ["gene", "gene-cell"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-cell", "trend"])
 @pytest.mark.parametrize("outliers", [True, False])
 def test_the_likelihood_of_every_entry_is_that_of_the_counted_ones(head, dispersion, outliers):
     """Values and gradients: counted entries in single precision, every entry in double."""

@@ -97,7 +97,7 @@ def test_presets():
     [
         ({"fusion": "multiply"}, "unknown fusion 'multiply'; known: add, cat, attn, add_input"),
         ({"head": "normal"}, "unknown head 'normal'; known: zinb, nb, poisson, mse"),
-        ({"dispersion": "cell"}, "unknown dispersion 'cell'; known: gene-cell, gene"),
+        ({"dispersion": "cell"}, "unknown dispersion 'cell'; known: gene-cell, gene, trend"),
         ({"prediction": "x"}, "unknown prediction 'x'; known: eps, v, z0"),
         ({"out_act": "softplus"}, "out_act='softplus' belongs to head='mse'"),
         ({"fusion": "attn"}, "latent + 1 (for the library size) and e_width in multiples of 8, got 31 and 256"),
