@@ -106,3 +106,31 @@ def test_samplers_are_judged_beside_two_reference_draws_of_one_kept_model(file, 
 def test_a_wrong_column_is_one_line(name, file, capsys):
     assert benchmark_script(name).main([str(file), "--labels", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ------------------------------------------------------------------ heavy tails
+
+def test_beyond_and_scatter_see_wide_counts_and_nothing_else():
+    tails, rng = benchmark_script("tails"), np.random.default_rng(0)
+    real, again = (rng.negative_binomial(5.0, 5.0 / (5.0 + np.linspace(1, 60, 30)), (2000, 30)) for _ in range(2))
+    wide = rng.negative_binomial(1.0, 1.0 / (1.0 + np.linspace(1, 60, 30)), (2000, 30))
+    largest, labels = real.max(axis=0), np.repeat(["a", "b", "c"], [1000, 970, 30])
+    assert tails.beyond(real, largest) == 0.0 and tails.beyond(again, largest) < 0.01 < 0.05 < tails.beyond(wide, largest)
+    assert tails.beyond(np.array([[20.0], [21.0]]), np.array([2.0])) == 0.5                  # not a handful of counts of a silent gene
+    same, far = tails.scatter(again, real, labels), tails.scatter(wide, real, labels)
+    assert len(same) == 2 * 20 and np.abs(np.log(same)).max() < 0.4 and np.median(far) > 2.5  # 30 cells are too few to say
+
+
+def test_tails_are_written_once_and_never_meet_a_test_cell(file, tmp_path, capsys, monkeypatch):
+    tails = benchmark_script("tails")
+    argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--ae-steps", "20", "--root", str(tmp_path)]
+    fitted = []
+    monkeypatch.setattr(tails, "SCLD", lambda cells, *a, real=tails.SCLD, **kw: fitted.append(set(cells.obs_names)) or real(cells, *a, **kw))
+    assert tails.main(argv) == 0
+    found = json.loads((tmp_path / "results" / "planted" / "tails" / "seed0.json").read_text())
+    assert [row["dispersion"] for row in found["rows"]] == ["gene-cell", "trend"] and all(np.isfinite(row["nats"]) for row in found["rows"])
+    train, test = (set(part.obs_names) for part in default_split(load(str(file), labels="cell_type")))
+    assert len(fitted) == 2 and all(own < train and not own & test for own in fitted) and found["n_fit"] + found["n_validation"] == len(train)
+    capsys.readouterr()
+    assert tails.main(argv) == 0 and "trend" in capsys.readouterr().out and len(fitted) == 2
+    assert tails.main(["nowhere.h5ad", "--root", str(tmp_path)]) == 2
