@@ -88,7 +88,8 @@ def verdict(record: dict) -> str:
     -------
     str
         By how much the value is worse than its control: up to 0.03 (between 0 and 1) or a tenth (distances) is
-        "like real", up to 0.10 or a half "close", more is "off". An AUC gets two null standard deviations on top.
+        "like real", up to 0.10 or a half "close", more is "off". An AUC gets two null standard deviations on top; where its
+        control lies below 0.5, what counts is how far the two are apart.
     """
     known, value, control = _KNOWN.get(record["metric"]), record["value"], record["control"]
     if known is None or known.kind == "none" or value is None or control is None:
@@ -100,7 +101,7 @@ def verdict(record: dict) -> str:
         worse = {"distance": ratio, "density": abs(ratio), "nearness": -ratio}[known.kind]
         return _word(worse, 0.1, 0.5)
     worse = {
-        "half": abs(value - 0.5) - abs(control - 0.5),
+        "half": abs(value - control) if control < 0.5 else max(value - control, 0.5 - value),
         "half_above": value - max(control, 0.5),
         "high": control - value,
         "low": value - control,

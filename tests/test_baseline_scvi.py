@@ -1,6 +1,7 @@
 """scVI: count and mixture draws against closed forms, the one-line refusal, training through a stand-in, and the real thing where installed."""
 
 import importlib.util
+import itertools
 import os
 import random
 import sys
@@ -133,13 +134,17 @@ class StandIn:
         sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
         sizes = sizes[:-1] if datasplitter_kwargs["drop_last"] and sizes[-1] < batch_size else sizes
         assert min(sizes) > 1 and train_size == 1.0 and not shuffle_set_split
-        trainer, self.batches = types.SimpleNamespace(should_stop=False), 0
+        trainer, self.batches, self.weights = types.SimpleNamespace(should_stop=False), 0, []
+        plan = types.SimpleNamespace(n_epochs_kl_warmup=plan_kwargs["n_epochs_kl_warmup"], n_steps_kl_warmup=None, global_step=0)
         for callback in callbacks:
-            callback.on_train_start(trainer, None)
+            callback.on_train_start(trainer, plan)
         for step in range(max_epochs * len(sizes)):
-            self.batches += 1
+            self.batches, plan.global_step = self.batches + 1, step
             for callback in callbacks:
-                callback.on_train_batch_end(trainer, None, {"loss": torch.tensor(5.0 - step, requires_grad=True)}, None, step)
+                callback.on_train_batch_start(trainer, plan, None, step)
+            self.weights.append(min(1.0, step // len(sizes) / plan.n_epochs_kl_warmup if plan.n_epochs_kl_warmup else step / plan.n_steps_kl_warmup))
+            for callback in callbacks:
+                callback.on_train_batch_end(trainer, plan, {"loss": torch.tensor(5.0 - step, requires_grad=True)}, None, step)
             if trainer.should_stop:
                 return
 
@@ -170,6 +175,18 @@ def test_steps_end_the_training(cells, stand_in):
     assert model.history["losses"] == [{"step": 0, "loss": 5.0}]
     model = ScVI(budget_s=0.05, **SMALL).fit(cells)
     assert 0 < model.history["steps"] <= model.history["steps_published"] == 2_000
+
+
+def test_the_divergence_gets_its_whole_weight_whatever_ends_the_training(cells, stand_in, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("scld_nb.baselines.scvi.time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr("scld_nb.baselines.base.time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    ScVI(budget_s=400.0, **SMALL).fit(cells)                                # two looks at the clock a step
+    weights = stand_in.made[-1].weights
+    assert 150 < len(weights) < 250 and weights[0] == 0 and weights[-1] > 0.9
+    assert np.allclose(np.diff(weights[5:]), 1 / len(weights), rtol=0.3)
+    ScVI(steps=40, **SMALL).fit(cells)                                      # by steps it is scvi-tools' own, in epochs
+    assert stand_in.made[-1].weights[-1] == 7 / 8
 
 
 @pytest.mark.parametrize("n", [256, 257, 258, 40])

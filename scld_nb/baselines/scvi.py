@@ -8,6 +8,7 @@ __all__ = ['draw_counts', 'fit_mixture', 'draw_mixture', 'ScVI', 'ScVIPrior']
 # %% ../../nbs/20_baselines.scvi.ipynb #c002
 import logging
 import random
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -198,11 +199,17 @@ class ScVI(Baseline):
         "Callback that lets the base class's step loop decide when training ends."
         from lightning.pytorch.callbacks import Callback
 
-        note, steps = self._note_loss, self._training_steps(n_cells)
+        note, steps, budget_s = self._note_loss, self._training_steps(n_cells), self.budget_s
 
         class Follower(Callback):
             def on_train_start(self, trainer, pl_module):
                 self.step: int | None = next(steps)
+                self.began = time.perf_counter()
+
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if budget_s is not None:                # the weight of the divergence is the share of the time that is used up
+                    share = min(1.0, (time.perf_counter() - self.began) / budget_s)
+                    pl_module.n_epochs_kl_warmup, pl_module.n_steps_kl_warmup = None, (pl_module.global_step + 1) / max(share, 1e-9)
 
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
                 if self.step is not None and self.step % 50 == 0:
