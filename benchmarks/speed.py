@@ -193,7 +193,12 @@ def sampling(cells: ad.AnnData, device: torch.device, given: argparse.Namespace)
 
     with Products() as seen, reduced_precision(device, model.config.precision if device.type == "cpu" else "fp32"):
         draw(few, stream=False)
-    bare = seen.replay()
+    replay = seen.replay()
+
+    def bare() -> None:
+        with reduced_precision(device, model.config.precision if device.type == "cpu" else "auto"):      # as the draws have it
+            replay()
+
     works = {"default": (draw, 1), "behind the Scorer": (lambda: draw(keep=0.8), 1), "guided, omega 1": (lambda: draw(omega=1.0), 1),
              "1000-step DDPM": (lambda: draw(few, sampler="ddpm", sampling_steps=model.config.T), 1), "bare products": (bare, 1)}
     sizes = dict.fromkeys(works, n) | {"1000-step DDPM": few, "bare products": few}
@@ -216,16 +221,19 @@ def whole(cells: ad.AnnData, device: torch.device, given: argparse.Namespace) ->
     own = {stage: model.history[stage]["seconds"] for stage in ("autoencoder", "denoiser")}
     steps = {stage: model.history[stage]["steps"] for stage in own}
     own["latents and Scorer"] = fit - sum(own.values())
-    stored = 0
+    print(f"fit of {train.n_obs:,} x {train.n_vars:,}, head {given.head}: {fit:.1f} s (wanted: {FIT_BAR_S:.0f} s on one H200), before it {build:.1f} s to read the cells and build; "
+          + ", ".join(f"{stage} {s:.1f} s" for stage, s in own.items()) + f"; steps {steps}", flush=True)                  # now: whoever runs out of time while drawing has this
+    stored, drawn, began = 0, 0, time.perf_counter()
 
     def draw() -> None:
-        nonlocal stored
+        nonlocal stored, drawn
         for chunk in model.sample_chunks(given.draw, keep=1.0, progress=False):
-            stored += chunk.X.nnz
+            stored, tenth = stored + chunk.X.nnz, 10 * drawn // given.draw
+            drawn += chunk.n_obs
+            if 10 * drawn // given.draw > tenth:
+                print(f"  {drawn:,} cells after {time.perf_counter() - began:.0f} s", flush=True)
 
     took = seconds(draw, device)
-    print(f"fit of {train.n_obs:,} x {train.n_vars:,}, head {given.head}: {fit:.1f} s (wanted: {FIT_BAR_S:.0f} s on one H200), before it {build:.1f} s to read the cells and build; "
-          + ", ".join(f"{stage} {s:.1f} s" for stage, s in own.items()) + f"; steps {steps}")
     print(f"{given.draw:,} cells drawn and decoded: {took:.1f} s, {given.draw / took:,.0f} cells/s, {stored / given.draw:.0f} entries a cell "
           f"(wanted: {DRAW_BAR_S:.0f} s for 1,000,000)", flush=True)
     return [{"n_train": train.n_obs, "n_genes": train.n_vars, "entries_train": int(train.X.nnz), "head": given.head, "build_s": build, "fit_s": fit, "stages_s": own,

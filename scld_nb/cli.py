@@ -669,6 +669,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return 2, f"{text}; give another path, or change its permissions"
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":          # torch's, without importing it
+        return 1, f"the GPU's memory is full ({text.split('. ')[0]}); close other programs on it, use fewer genes or a smaller --batch-size, or --device cpu"
     return 1, f"{what} (set SCLD_DEBUG=1 to see where)"
 
 

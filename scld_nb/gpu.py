@@ -62,14 +62,15 @@ def on_device(reader: CellReader, device: torch.device, *, share: float = 0.5) -
     """
     if device.type != "cuda" or not isinstance(reader, CellReader) or isinstance(reader, DiskReader):
         return None
+    torch.cuda.empty_cache()                                 # what an earlier model left counts as free
     if 8 * reader.counts.nnz > share * torch.cuda.mem_get_info(device)[0]:
         return None
     return OnDevice(reader.read_sparse(slice(None)), device)
 
 # %% ../nbs/00_gpu.ipynb #c017
 def rows_at_once(n_genes: int, device: torch.device, *, most: int = 1024) -> int:
-    """Cells of one dense block: on a CPU no more than make 2**21 entries (8 MiB), elsewhere ``most``."""
-    return most if device.type != "cpu" else max(1, min(most, 2**21 // n_genes))
+    """Cells of one dense block: on a CPU no more than make 2**21 entries (8 MiB), elsewhere 2**25 (128 MiB), and at most ``most``."""
+    return max(1, min(most, (2**21 if device.type == "cpu" else 2**25) // n_genes))
 
 
 def blocks_on(reader: CellReader, device: torch.device, size: int = 1024, *, every: int = 1) -> Iterator[torch.Tensor]:
@@ -169,8 +170,10 @@ class Recorded:
         self._inputs = [torch.zeros_like(x, device=self.device) for x in inputs]
         graph, side = torch.cuda.CUDAGraph(), self._side or torch.cuda.Stream(self.device)
         try:                                                 # on this device, which need not be the current one; nothing is computed
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._out = self.work(*self._inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError("this GPU or driver cannot record the work as a CUDA graph; start again with SCLD_CUDA_GRAPHS=0 in the environment") from error
         self._graph = graph

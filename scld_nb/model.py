@@ -671,7 +671,8 @@ class _Draws(_Parts):
                 )
 
         def batches() -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
-            for b, z in bounded_queue(latents(), stop=stop) if stream else latents():
+            alone = not stream or self.device.type == "mps"          # two threads of Python on one of Apple's GPUs end the process
+            for b, z in latents() if alone else bounded_queue(latents(), stop=stop):
                 cells, scores, scored = [], [], "scorer" in self.history
                 for x in self._decoded(z, counter_seed(seed, "counts", b)):
                     cells.append(sparse_rows(x, np.float32 if c.head == "mse" else np.int32))
@@ -1080,13 +1081,13 @@ class _Learns(_SamplesInChunks):
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
             )
             self._note("autoencoder", done, keep_partial, common["budget_s"])
+        common["basis"] = team.on_main(lambda: _weights_hash(self.autoencoder))      # as they were learned: what follows rounds as the device does
         latents, spread = self._latents(reader, folder)
         if c.standardize == "none" and not isinstance(reader, DiskReader):
             latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
             self.autoencoder.latent_mean.zero_()
             self.autoencoder.latent_std.fill_(1.0)
         team.adopt(self.autoencoder)
-        common["basis"] = _weights_hash(self.autoencoder)
         done = train_denoiser(
             self.denoiser,
             self.schedule,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .data import InputError
+from .gpu import send
 from .guidance import Denoiser, guided_eps
 from .schedules import Schedule
 from .training import TrainingError, counter_seed, reduced_precision
@@ -191,7 +192,7 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     generator = torch.Generator().manual_seed(counter_seed(seed, "sampling"))
 
     def draw() -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return send([torch.randn(shape, generator=generator)], torch.device(device))[0]
 
     z = draw() if start is None else start.to(device)
     levels, z0_before = plan.timesteps.to(z.device), None

@@ -21,7 +21,8 @@ from scipy import sparse
 from torch import nn
 
 from .data import CellReader, InputError
-from .gpu import OnDevice, on_device
+from .gpu import OnDevice
+from .large import DiskReader
 from .training import counter_seed, progress_bar
 
 # %% ../nbs/07_scorer.ipynb #c008
@@ -112,14 +113,15 @@ def train_scorer(
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
-    real_there = on_device(real, device)
-    fake_there = None if real_there is None else OnDevice(fake, device)
+    there, kept = None, [np.sort(rows_real), np.sort(rows_fake)]
+    if device.type == "cuda" and isinstance(real, CellReader) and not isinstance(real, DiskReader):     # the few cells that are looked at
+        there = [OnDevice(part, device) for part in (real.read_sparse(kept[0]), fake[kept[1]])]
 
     def batch(r: np.ndarray, f: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         y = torch.from_numpy(np.repeat([1, 0], [len(r), len(f)])).to(device)
-        if real_there is not None and fake_there is not None:
-            rows = [torch.from_numpy(np.sort(part)).to(device) for part in (r, f)]
-            return torch.cat([real_there.dense(rows[0]), fake_there.dense(rows[1])]), y
+        if there is not None:
+            return torch.cat([cells.dense(torch.from_numpy(np.searchsorted(all_of, np.sort(rows))).to(device))
+                              for cells, all_of, rows in zip(there, kept, (r, f), strict=True)]), y
         return torch.from_numpy(np.concatenate([real.read(np.sort(r)), fake[np.sort(f)].toarray()])).to(device), y
 
     held = [

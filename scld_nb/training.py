@@ -85,7 +85,23 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 # %% ../nbs/05_training.ipynb #c009
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-_precision_lock, _precisions = threading.Lock(), [""]        # of the products: that of the user, and those asked for now
+_precision_lock = threading.Lock()
+_precisions: list[str | tuple[str, str]] = [""]              # of the products: that of the user, and those asked for now
+
+
+def _asked_precision() -> str | tuple[str, str]:
+    """The user's, or one for cuda and one for oneDNN where it was set by backend, which PyTorch's older way of asking refuses to tell."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+
+
+def _set_precision(precision: str | tuple[str, str]) -> None:
+    if isinstance(precision, str):
+        torch.set_float32_matmul_precision(precision)
+    else:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -93,9 +109,9 @@ def _products_in(precision: str) -> Iterator[None]:
     """PyTorch's precision of products belongs to the whole process: the last block that asks has it, and the last to end puts the user's back."""
     with _precision_lock:
         if len(_precisions) == 1:
-            _precisions[0] = torch.get_float32_matmul_precision()
+            _precisions[0] = _asked_precision()
         _precisions.append(precision)
-        torch.set_float32_matmul_precision(precision)
+        _set_precision(precision)
     try:
         yield
     finally:
@@ -103,14 +119,14 @@ def _products_in(precision: str) -> Iterator[None]:
             _precisions.reverse()
             _precisions.remove(precision)
             _precisions.reverse()
-            torch.set_float32_matmul_precision(_precisions[-1])
+            _set_precision(_precisions[-1])
 
 
 @contextmanager
 def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator[None]:
     """Matrix products in TF32 (on cuda, ``"tf32"`` and ``"auto"``) or bf16 (by autocast on cuda, by oneDNN on a CPU; ``"bf16"`` only).
 
-    Weights, sums and the optimiser stay in fp32. On a CPU bf16 pays where it has matrix units for it, and ``"tf32"`` is fp32.
+    Weights, sums and the optimiser stay in fp32. What is not named here is fp32, also where PyTorch was set to less. On a CPU bf16 pays where it has matrix units for it, and ``"tf32"`` is fp32.
 
     Parameters
     ----------
@@ -133,7 +149,8 @@ def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator
         with _products_in("medium" if device.type == "cpu" else "high"):
             yield
     else:
-        yield
+        with _products_in("highest"):                        # whatever the process is set to
+            yield
 
 # %% ../nbs/05_training.ipynb #c011
 LINE_EVERY_S = 30.0
@@ -749,10 +766,11 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
             if ctrl_c.is_set() or team.size > 1:     # the second one: weights and step may disagree
                 raise
             result.interrupted = True
+    if step != saved:
+        check(step)                                  # looks at the losses, and so waits for steps that a GPU has yet to do
     result.step, result.seconds = step, before + time.perf_counter() - began
     result.interrupted |= bool(terminate or interrupt)
     if step != saved:
-        check(step)
         if pending and spent >= 1.0:                 # over by the clock: the last loss stands for fewer steps
             result.losses.append(sum(pending) / len(pending))
             pending.clear()

@@ -117,8 +117,9 @@ untouched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}           # memory 
 
 
 @contextlib.contextmanager
-def record(graph: Graph, stream: Stream | None = None):
+def record(graph: Graph, stream: Stream | None = None, capture_error_mode: str = "global"):
     """Stands for `torch.cuda.graph`: afterwards all is as if nothing had been computed."""
+    assert capture_error_mode == "thread_local", "another thread that draws would break the recording"
     if {(stream or Stream()).device.index, current[-1]} != {place.index}:
         raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
     state = torch.get_rng_state()

@@ -545,6 +545,11 @@ def test_anything_else_is_one_line_and_status_1(trained, tmp_path, capsys, monke
     monkeypatch.setattr(SCLD, "sample", raising(MemoryError()))
     assert call(line) == 1
     assert capsys.readouterr().err == "scld: error: MemoryError (set SCLD_DEBUG=1 to see where)\n"
+    monkeypatch.setattr(SCLD, "sample", raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")))
+    assert call(line) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("scld: error: the GPU's memory is full (CUDA out of memory); ") and "--batch-size" in said and said.count("\n") == 1
+    monkeypatch.setattr(SCLD, "sample", raising(MemoryError()))
     monkeypatch.setenv("SCLD_DEBUG", "1")
     with pytest.raises(MemoryError):
         call(line)

@@ -429,6 +429,25 @@ def test_a_denoiser_is_not_continued_on_the_autoencoder_of_another_model(cells, 
             SCLD(cells, "cell_type", **tiny).train(20, resume=True, **options | other)
 
 
+@pytest.mark.parametrize("head", ["zinb", "mse"])
+def test_a_training_goes_on_where_sums_are_rounded_otherwise(cells, tiny, tmp_path, monkeypatch, head):
+    """Latents and mended means have other last bits on another GPU; that is no other autoencoder."""
+    from scld_nb import model as module
+
+    options = {"ae_steps": 5, "checkpoint_dir": tmp_path, "scorer": False, "progress": False}
+    SCLD(cells, "cell_type", **(tiny | {"head": head})).train(6, **options)
+    what = "fit_count_statistics" if head == "zinb" else "fit_latent_statistics"
+
+    def rounded(autoencoder, *args, real=getattr(module, what), **kwargs):
+        found = real(autoencoder, *args, **kwargs)
+        with torch.no_grad():
+            (autoencoder.map.mean.bias if head == "zinb" else autoencoder.latent_mean).mul_(1 + 1e-6)
+        return found
+
+    monkeypatch.setattr(module, what, rounded)
+    assert SCLD(cells, "cell_type", **(tiny | {"head": head})).train(9, resume=True, **options).history["denoiser"]["steps"] == 9
+
+
 def test_a_second_training_that_ends_early_leaves_no_stage_of_the_first(cells, tiny, tmp_path, monkeypatch):
     model = SCLD(cells, "cell_type", **tiny).train(20, progress=False)
     model.train(10, scorer=False, progress=False)

@@ -142,6 +142,31 @@ def test_what_a_precision_means_on_cuda(precision, products, autocast):
     assert torch.get_float32_matmul_precision() == "highest" and torch.is_autocast_cache_enabled()
 
 
+def test_precision_set_by_backend_is_borne_and_put_back():
+    """PyTorch's newer way of setting it, which its older way of asking refuses to read."""
+    products = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if products is None:
+        pytest.skip("this PyTorch knows the older way alone")
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with reduced_precision(torch.device("cuda"), "auto"), reduced_precision(CPU, "fp32"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.backends.mkldnn.matmul.fp32_precision == products
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
+def test_fp32_is_fp32_whatever_the_process_is_set_to(device):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with reduced_precision(device, "fp32"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_fit_restores_the_precision(monkeypatch):
     before = torch.get_float32_matmul_precision()
     seen = []
