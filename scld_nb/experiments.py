@@ -907,8 +907,11 @@ def figure4(study: Study, *, methods: Iterable[str] = tuple(FIGURE4_METHODS)) ->
     return _lines([study.run("figure4", m, seed, lambda: make(m, seed), may_fail=m in BASELINES) for seed in study.seeds for m in methods])
 
 
-def figure4_table(lines: pd.DataFrame) -> pd.DataFrame:
-    """Figure 4 as numbers: mean ± sd over seeds, and whether SCLD trains fastest, as in the paper."""
+def figure4_table(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """Figure 4 as numbers: mean ± sd over seeds, and on the paper's sets whether SCLD trains fastest, as it does there.
+
+    On other cells it says nothing of the paper: ACTIVA's published epochs are more steps the more cells there are, SCLD's 40,000 are not.
+    """
     rows = {}
     for method, title in FIGURE4_METHODS.items():
         own = lines[(lines["method"] == method) & lines["value"].notna()]
@@ -918,8 +921,10 @@ def figure4_table(lines: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index")
     hours = lines[lines["value"].notna()].groupby("method")["hours_published"].mean()
     if "scld" in hours and len(hours) > 1:
-        fastest = "SCLD trains fastest, as in the paper" if hours.idxmin() == "scld" else f"the paper's order is not reproduced: {hours.idxmin()} trains fastest"
-        table["verdict"] = [f"{fastest}; the paper prints no hours" if k == "SCLD" else "" for k in table.index]
+        own = hours.idxmin() == "scld"
+        said = "SCLD trains fastest, as in the paper" if own else f"the paper's order is not reproduced: {hours.idxmin()} trains fastest"
+        said = f"{said}; the paper prints no hours" if dataset in ("pbmc68k", "brain_small") else "not comparable: other cells"
+        table["verdict"] = [said if k == "SCLD" else "" for k in table.index]
     return table
 
 

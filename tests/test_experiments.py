@@ -235,8 +235,9 @@ def test_figure4_extrapolates_by_seconds_per_step(study, lines3):
     stages = study.model("add", 0).history
     by_hand = sum(stages[k]["seconds"] / stages[k]["steps"] * 20_000 / 3600 for k in ("autoencoder", "denoiser"))
     assert scld["hours_published"] == pytest.approx(by_hand) and scld["steps_published"] == 40_000
-    table = ex.figure4_table(lines)
-    assert list(table.index) == ["SCLD", "SC-GAN"] and "paper" in table.loc["SCLD", "verdict"]
+    table = ex.figure4_table(lines, "brain_small")
+    assert list(table.index) == ["SCLD", "SC-GAN"] and "the paper prints no hours" in table.loc["SCLD", "verdict"]
+    assert list(ex.figure4_table(lines, study.name)["verdict"]) == ["not comparable: other cells", ""]
     assert [p.get_hatch() for p in ex.draw_figure4(lines).axes[0].patches] == ["///", "///"]
 
 
