@@ -1115,3 +1115,143 @@ def test_what_cannot_be_joined():
             data.join(real, synth, **options)
     with pytest.raises(InputError, match="2 genes, e.g. 'gene0', are not in all cells"):
         data.join(real[:, 2:], fake)
+
+
+def test_what_is_asked_of_the_clustering_reaches_its_steps(monkeypatch):
+    asked, tried = {}, []
+    monkeypatch.setattr(sc.tl, "pca", lambda work, **options: asked.update(pca=options))
+    monkeypatch.setattr(sc.pp, "neighbors", lambda work, **options: asked.update(neighbors=options))
+    monkeypatch.setattr(data, "_communities", lambda work, *options: tried.append(options) or data._by_size(np.zeros(60, dtype=int)))
+    with pytest.warns(UserWarning, match="no resolution from 0.05 to 0.5 gives 3 clusters"):
+        cluster(as_adata(planted(60, 100, 2)[0]), flavor="igraph", seed=7, n_pcs=5, resolution=0.3, n_clusters=3)
+    assert asked == {"pca": {"n_comps": 5, "random_state": 7}, "neighbors": {"n_neighbors": 15, "n_pcs": 5, "random_state": 7}}
+    assert tried[0] == (0.3, 7, "igraph") and {options[1:] for options in tried} == {(7, "igraph")}
+
+
+@pytest.fixture
+def two_circles():
+    """Eight cells, all of them neighbours, and those of either half a hundred times as close."""
+    weights = np.full((8, 8), 0.01)
+    weights[:4, :4] = weights[4:, 4:] = 1
+    np.fill_diagonal(weights, 0)
+    cells = as_adata(np.ones((8, 2)))
+    cells.obsp["connectivities"] = sp.csr_matrix(weights)
+    return cells
+
+
+def test_close_neighbours_count_for_more(two_circles):
+    assert list(data._communities(two_circles, 1.0, 0, "igraph")) == ["0"] * 4 + ["1"] * 4
+
+
+def test_either_louvain_has_its_seed(two_circles, monkeypatch):
+    seeds = []
+
+    def theirs(work, *, random_state, **options):
+        seeds.append(random_state)
+        work.obs["louvain"] = ["0"] * work.n_obs
+
+    monkeypatch.setattr(sc.tl, "louvain", theirs)
+    monkeypatch.setattr(data.random, "Random", lambda seed: seeds.append(seed) or random)
+    for flavor in ("vtraag", "igraph"):
+        data._communities(two_circles, 1.0, 7, flavor)
+    assert seeds == [7, 7]
+
+
+def test_few_genes_go_through_the_same_steps_as_many():
+    counts, _ = planted(60, 100, 3)
+    theirs = as_adata(counts)
+    sc.pp.filter_genes(theirs, min_counts=1)
+    sc.pp.normalize_total(theirs)
+    sc.pp.log1p(theirs)
+    sc.pp.scale(theirs)
+    np.testing.assert_allclose(data._variable_genes(as_adata(counts)).X, theirs.X, rtol=1e-5, atol=1e-6)
+
+
+def test_clusters_are_named_by_the_cells_that_pass_the_filters(monkeypatch, tmp_path):
+    x = np.ones((50, 20))
+    x[:20, 5:] = 0                                             # twenty of the first thirty cells have too few genes
+
+    def found(raw, *, key_added, **options):
+        raw.obs[key_added] = data._by_size([0] * 30 + [1] * 20)
+        return raw
+
+    monkeypatch.setattr(data, "cluster", found)
+    as_adata(x).write_h5ad(tmp_path / "x.h5ad")
+    with pytest.warns(UserWarning, match="20 of 50 cells are left out"):
+        cells = load(tmp_path / "x.h5ad")
+    assert cells.obs["louvain"].tolist() == ["1"] * 10 + ["0"] * 20
+
+
+def test_what_is_kept_belongs_to_one_file_and_its_facts(tmp_path):
+    source, built, info = tmp_path / "source", [], DatasetInfo("x", n_clusters=3)
+
+    def build():
+        built.append(1)
+        return as_adata([[1, 2]])
+
+    def times(info):
+        data._cached(tmp_path / "kept", info, source, build)
+        return len(built)
+
+    source.write_text("a")
+    assert [times(info), times(info), times(replace(info, n_clusters=4)), times(info)] == [1, 1, 2, 2]
+    source.write_text("b")
+    assert times(info) == 3
+
+
+def test_a_set_is_not_taken_from_the_kept_ones_if_labels_are_named(site, monkeypatch):
+    monkeypatch.setattr(data, "_cached", lambda *given: pytest.fail("a kept set was taken"))
+    with pytest.raises(InputError, match="no column 'kind' in obs"):
+        load("brain_small", labels="kind")
+
+
+def test_a_checksum_may_have_capitals(site):
+    info = dataset_info("brain_small")
+    assert fetch(replace(info, sha256=info.sha256.upper())).is_file()
+
+
+def test_a_damaged_matrix_in_memory_is_refused_before_it_reaches_compiled_code():
+    adata = as_adata([[1, 0, 2], [0, 3, 0]])
+    adata.X.indices[1] = 7
+    with pytest.raises(InputError, match="X is damaged, it does not fit together as a sparse matrix"):
+        counts_matrix(adata)
+
+
+def test_genes_of_raw_may_be_all_there_in_another_order():
+    counts = planted_cells(40, 12)
+    adata = counts[:, ::-1].copy()
+    adata.raw = counts
+    assert (counts_matrix(adata, layer="raw") != adata.X).nnz == 0
+
+
+def test_a_stored_zero_is_no_expressed_gene_of_a_cell():
+    raw = as_adata(np.ones((4, 10)))
+    raw.X.data[3] = 0                                          # nine genes are left
+    assert list(preprocess(raw).obs_names) == ["cell1", "cell2", "cell3"]
+
+
+def test_layer_and_total_of_preprocess():
+    raw = as_adata(np.full((4, 10), 0.5))
+    raw.layers["umi"] = sp.csr_matrix(np.full((4, 10), 2.0))
+    out = preprocess(raw, layer="umi", target_sum=100)
+    assert (out.layers["counts"].data == 2).all() and out.uns["scld_data"]["target_sum"] == 100
+    np.testing.assert_allclose(out.X.sum(axis=1), 100, rtol=1e-6)
+    np.testing.assert_allclose(CellReader(out.layers["counts"], target_sum=50, transform="none").read(slice(None)).sum(axis=1), 50, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_test", [29, 57, 58])
+def test_a_number_of_test_cells_is_that_number(n_test):
+    """29 / 100 * 100 is less than 29 in floating point."""
+    assert split(as_adata(np.ones((100, 1))), n_test=n_test)[1].n_obs == n_test
+
+
+def test_joined_counts_come_from_the_layer_that_is_named():
+    real = planted_cells(60, 30)
+    fake = drawn_like(real)
+    real.layers["umi"] = real.X.copy()
+    real.X = real.X.log1p()
+    both = data.join(real, fake, layer="umi")
+    assert (both.X[:60] != real.layers["umi"]).nnz == 0 and (both.X[60:] != fake.X).nnz == 0
+    del real.layers["umi"]
+    with pytest.raises(InputError, match="1 genes, e.g. 'gene0', are not in all cells"):
+        data.join(fake, [fake[:, 1:], fake])
