@@ -747,3 +747,80 @@ def test_a_label_column_may_be_called_place(tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     train, test = split_on_disk(load_on_disk(tmp_path / "cells.h5ad", labels="place"))
     assert set(train.obs("place")["place"]) == {"B", "NK", "T"} and train.n_obs + test.n_obs == 60
+
+
+def test_the_empty_cell_that_is_named_may_be_in_any_slice(tmp_path, monkeypatch):
+    cells = planted_cells(40, 8)
+    cells.X = sp.vstack([cells.X[:25], sp.csr_matrix((1, 8)), cells.X[26:]], format="csr")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.setattr(large, "SLICE", 50)
+    with pytest.raises(InputError, match="has 1 cells without a single count, e.g. 'cell0_25'"):
+        open_cells(tmp_path / "cells.h5ad").reader()
+
+
+def test_digest_sees_which_genes_and_which_cells_have_the_counts(tmp_path):
+    same_values = ([[1, 1, 0], [0, 0, 1]], [[1, 0, 1], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]])
+    paths = [put_matrix(tmp_path / f"{i}.h5ad", sp.csr_matrix(np.array(x, dtype=np.float32))) for i, x in enumerate(same_values)]
+    assert len({DiskReader(DiskCounts(path)).digest for path in paths}) == 3
+
+
+def test_plain_counts_stay_plain_in_memory_and_in_sums(tmp_path):
+    x, groups = sparse_counts(20, 6, 0.5, 0), np.arange(20) % 3
+    counts = DiskReader(DiskCounts(put_matrix(tmp_path / "x.h5ad", x)), groups=groups, n_groups=3).as_counts()
+    assert np.array_equal(counts.group_sums(groups, 3), [x.toarray()[groups == k].sum(0) for k in range(3)])
+    assert same(counts.in_memory(np.array([3, 7])).read_sparse(slice(None)), x[[3, 7]])
+
+
+def test_entries_are_those_of_the_chosen_cells(tmp_path):
+    x = sparse_counts(30, 6, 0.5, 0)
+    some = DiskCounts(put_matrix(tmp_path / "x.h5ad", x)).take(rows=np.arange(3, 30, 4))
+    assert some.nnz == x[3::4].nnz and some.take(rows=np.array([1, 2])).nnz == x[[7, 11]].nnz
+
+
+def test_the_layer_counts_goes_before_x_unless_x_is_asked_for(tmp_path):
+    cells = planted_cells(40, 30)
+    cells.layers["counts"], cells.X = cells.X.copy(), cells.X * 2
+    cells.write_h5ad(path := tmp_path / "cells.h5ad")
+    assert same(DiskCounts(path)[:], cells.layers["counts"]) and same(DiskCounts(path, layer="X")[:], cells.X)
+    for layer in (None, "X"):
+        assert same(load_on_disk(path, layer=layer, labels="cell_type").counts[:], load(path, layer=layer, labels="cell_type").layers["counts"])
+
+
+def test_new_columns_of_a_backed_anndata_follow_the_chosen_cells(file):
+    backed = ad.read_h5ad(file, backed="r")
+    backed.obs["mine"] = [f"m{i}" for i in range(300)]
+    some = open_cells(backed).take(np.array([4, 9, 200]))
+    assert some.obs("mine")["mine"].tolist() == ["m4", "m9", "m200"]
+    last = some.to_memory(np.array([2]), columns=["mine"])
+    assert last.obs["mine"].tolist() == ["m200"] and list(last.obs_names) == ["cell0_200"]
+
+
+def test_filters_on_disk_keep_what_just_reaches_them_and_say_what_goes(tmp_path):
+    x = np.ones((6, 12), np.float32)
+    x[2:, 10:] = x[3, 0] = 0
+    x[3, 10] = 1                                               # g10 is in three cells, one of which has ten genes, and g11 in two
+    counts = sp.csr_matrix(x)
+    counts.data[-1] = 0                                        # of the last cell nine genes are left
+    cells = ad.AnnData(counts, obs=pd.DataFrame({"kind": list("aabbab")}, index=[f"c{i}" for i in range(6)]), var=pd.DataFrame(index=[f"g{j}" for j in range(12)]))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for read in (load, load_on_disk):
+        with pytest.warns(UserWarning, match="1 of 6 cells are left out, they have fewer than 10 genes; of genes seen in fewer than 3 cells 1 of 12"):
+            found = read(tmp_path / "cells.h5ad", labels="kind")
+        assert (found.n_obs, found.n_vars) == (5, 11) and "g10" in found.var_names
+
+
+def test_a_limited_number_of_test_cells_is_drawn_with_the_seed(file):
+    cells = load_on_disk(file, labels="cell_type")
+    a, b, c = (split_on_disk(cells, seed=seed, most=20)[1] for seed in (0, 1, 1))
+    assert a.rows.tolist() != b.rows.tolist() == c.rows.tolist() and b.uns["scld_data"]["split"]["seed"] == 1
+
+
+@pytest.mark.parametrize(("n", "genes", "message"), [(299, 60, "has 299 cells, obs has 300"), (300, 59, "has 59 genes, var has 60")])
+def test_names_that_do_not_fit_the_matrix(file, tmp_path, n, genes, message):
+    shutil.copy(file, tmp_path / "cells.h5ad")
+    put_matrix(tmp_path / "x.h5ad", sparse_counts(n, genes, 0.1, 0))
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as cells, h5py.File(tmp_path / "x.h5ad") as other:
+        del cells["X"]
+        other.copy("X", cells)
+    with pytest.raises(InputError, match=f"{message}; write the file again"):
+        open_cells(tmp_path / "cells.h5ad")
