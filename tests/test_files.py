@@ -48,7 +48,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
 def test_what_is_left_over_and_what_is_not(tmp_path, gone, name):
     old, path = time.time() - 2 * DAY_S, tmp_path / name
     stray = [f".{name}.{HOST}.{gone}.tmp", f".{name}.{HOST}.{'9' * 30}.tmp", f".{name}.elsewhere.7.tmp", f".{name}.dotted.name.7.tmp"]
-    kept = [f".{name}.{HOST}.{os.getpid()}.tmp", f".{name}.{HOST}.1.tmp", f".{name}.elsewhere.8.tmp", f".{name}.{HOST}.x.tmp", f".other{name}.{HOST}.{gone}.tmp",
+    kept = [f".{name}.{HOST}.{os.getpid()}.tmp", f".{name}.{HOST}.1.tmp", f".{name}.elsewhere.{gone}.tmp", f".{name}.{HOST}.x.tmp", f".other{name}.{HOST}.{gone}.tmp",
             f"{name}.{HOST}.{gone}.tmp", f".{name}.{HOST}.{gone}", name]
     for one in (*stray, *kept):
         (tmp_path / one).touch()
