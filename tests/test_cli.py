@@ -11,6 +11,7 @@ import sys
 import threading
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -24,6 +25,7 @@ from scld_nb import cli, data, evaluation, training
 from scld_nb import model as model_module
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
 from scld_nb.data import InputError
+from scld_nb.large import load_on_disk
 from scld_nb.model import SCLD
 
 SETTINGS = (
@@ -580,7 +582,13 @@ def test_a_full_disk_leaves_the_old_file(cells, tmp_path, monkeypatch):
     out = tmp_path / "x.h5ad"
     write_cells(cells, out)
     before = out.read_bytes()
-    monkeypatch.setattr(Path, "write_bytes", raising(OSError(errno.ENOSPC, "No space left on device")))
+
+    def half(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         write_cells(cells[:5], out)
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
@@ -672,9 +680,10 @@ def test_a_signal_leaves_a_checkpoint(files, tmp_path, monkeypatch, capsys, unin
     assert len(calls) == 30 and same_weights(tmp_path / "m", uninterrupted)  # nothing was done twice
 
 
-def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(SCLD, "_train_scorer", lambda *a: signal.raise_signal(signal.SIGINT))
-    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}") == 130
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys, number, status):
+    monkeypatch.setattr(SCLD, "_train_scorer", lambda *a: signal.raise_signal(number))
+    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}") == status
     assert "--resume" in capsys.readouterr().err
 
 
@@ -908,3 +917,88 @@ def test_counts_in_raw_can_be_asked_for(tmp_path, refuse):
     assert "adata.raw holds whole numbers, layer='raw' takes them" in refuse(f"train cells.h5ad -o m --labels cell_type --device cpu {SETTINGS}")
     assert call(f"train {tmp_path}/cells.h5ad -o {tmp_path}/m --labels cell_type --layer raw --steps 2 --device cpu {SETTINGS}") == 0
     assert ad.read_h5ad(tmp_path / "m" / "train.h5ad").X.data.max() > 5
+
+
+# ---- what is asked for arrives
+
+
+@pytest.mark.parametrize("backed", ["", "--backed"])
+def test_every_option_of_train_arrives(files, tmp_path, monkeypatch, backed):
+    asked, written, begin = {}, [], SCLD.__init__
+    monkeypatch.setattr(SCLD, "__init__", lambda self, *cells, **options: (asked.update(options), begin(self, *cells, **options))[1])
+    monkeypatch.setattr(SCLD, "train", lambda self, steps, **options: asked.update(options, steps=steps))
+    monkeypatch.setattr(SCLD, "save", lambda self, folder: folder)
+    monkeypatch.setattr(cli, "write_backed", lambda cells, path, **options: written.append((path.name, options["most"], options["seed"])))
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 7 --ae-steps 9 --checkpoint-every 3 --seed 5 --device cpu"
+    assert call(f"{line} --head nb --dispersion gene --fusion cat --set lr=3e-4 {backed}") == 0
+    assert asked == {"preset": "default", "device": "cpu", "seed": 5, "head": "nb", "dispersion": "gene", "fusion": "cat", "lr": 3e-4, "steps": 7, "ae_steps": 9,
+                     "checkpoint_dir": tmp_path / "m/checkpoints", "checkpoint_every": 3, "resume": False, "keep_partial": False}
+    assert written == ([("train.h5ad", 80, 5), ("test.h5ad", 80, 5)] if backed else [])
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_every_option_of_sample_arrives(tmp_path, monkeypatch, n):
+    asked, written = [], []
+
+    class Model:
+        labels, genes = ["B", "T"], ["a", "b"]
+
+        def sample(self, *given, **options):
+            asked.append((given, options))
+            return SimpleNamespace(uns={"scld": {"generated": 9, "scale": "counts"}})
+
+        def sample_to(self, path, *given, chunk_size, **options):
+            written.append((path, chunk_size))
+            return self.sample(*given, **options).uns["scld"]
+
+    monkeypatch.setattr(SCLD, "load", lambda folder, **options: asked.append((folder, options)) or Model())
+    monkeypatch.setattr(cli, "write_cells", lambda cells, path: written.append((path, 6)))
+    line = f"sample m -n {n} -o {tmp_path}/x.h5ad --label T --omega 0.5 --sampler ddim --sampling-steps 4 --keep 0.7 --seed 3 --device cpu --batch-size 5 --chunk-size 6"
+    assert call(line) == 0 and written == [(tmp_path / "x.h5ad", 6)]
+    assert asked == [(Path("m"), {"device": "cpu"}),
+                     ((n, "T"), {"omega": 0.5, "sampler": "ddim", "sampling_steps": 4, "keep": 0.7, "seed": 3, "batch_size": 5})]
+
+
+@pytest.mark.parametrize("quick", ["", "--quick"])
+def test_every_option_of_evaluate_arrives(monkeypatch, capsys, quick):
+    asked = {}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *cells, **options: asked.update(options, cells=cells) or "the report")
+    assert call(f"evaluate a.h5ad b.h5ad --train c.h5ad --labels kind --seed 3 --n-trees 11 --n-judge 12 --n-max 13 --backed {quick}") == 0
+    assert asked.pop("progress") in (None, False) and capsys.readouterr().out == "the report\n"
+    assert asked == {"cells": (Path("a.h5ad"), Path("b.h5ad")), "train": Path("c.h5ad"), "labels_key": "kind", "seed": 3, "n_trees": 11, "n_judge": 12, "n_max": 13,
+                     "suite": not quick}
+
+
+def test_cells_on_disk_are_copied_in_chunks_of_any_size(files, tmp_path):
+    cells = load_on_disk(files / "cells.h5ad", labels="cell_type")
+    cli.write_backed(cells, tmp_path / "all.h5ad", most=cells.n_obs, chunk=7)
+    whole, found = data.load(files / "cells.h5ad", labels="cell_type"), ad.read_h5ad(tmp_path / "all.h5ad")
+    assert list(found.obs_names) == list(whole.obs_names) and (found.X != whole.layers["counts"]).nnz == 0
+    assert found.obs["cell_type"].tolist() == whole.obs["cell_type"].tolist()
+    drawn = []
+    for seed in (0, 1, 1):
+        cli.write_backed(cells, tmp_path / "some.h5ad", most=50, seed=seed, chunk=7)
+        drawn.append(ad.read_h5ad(tmp_path / "some.h5ad"))
+        part = whole[drawn[-1].obs_names]
+        assert drawn[-1].n_obs == 50 and (drawn[-1].X != part.layers["counts"]).nnz == 0 and drawn[-1].obs["cell_type"].tolist() == part.obs["cell_type"].tolist()
+    assert list(drawn[0].obs_names) != list(drawn[1].obs_names) == list(drawn[2].obs_names)
+
+
+def test_of_cells_on_disk_only_those_that_are_kept_need_space(files, tmp_path, monkeypatch):
+    cells, nothing = load_on_disk(files / "cells.h5ad", labels="cell_type"), torch.nn.Module()
+    model = SimpleNamespace(autoencoder=nothing, denoiser=nothing, scorer=nothing, config=SimpleNamespace(width=2))
+    free = 4 * cells.counts.nnz
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    cli.check_space(tmp_path, model, cells, 40)                # a tenth of them
+    with pytest.raises(InputError, match="MiB free, training needs about"):
+        cli.check_space(tmp_path, model, cells, cells.n_obs)
+
+
+def test_a_model_that_is_being_replaced_is_none_until_all_of_it_is_there(files, tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    for name in cli.MODEL_FILES:
+        (tmp_path / "m" / name).write_text("old")
+    monkeypatch.setattr(SCLD, "train", lambda self, steps, **options: None)
+    monkeypatch.setattr(cli, "write_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert call(f"train {files}/cells.h5ad -o {tmp_path}/m --overwrite --labels cell_type --steps 2 --device cpu {SETTINGS}") == 2
+    assert not {"config.json", "train.h5ad", "test.h5ad"} & {f.name for f in (tmp_path / "m").iterdir()}
