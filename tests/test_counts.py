@@ -24,6 +24,7 @@ from scld_nb.counts import (
     count_nll,
     count_start,
     draw_counts,
+    expected_counts,
     fit_count_statistics,
 )
 from scld_nb.data import CellReader, InputError
@@ -440,3 +441,78 @@ def test_slopes_have_a_prior_of_their_own():
         decoder.trend[3] = 0.6 / GAIN
     assert float(decoder.penalty(0.7) - before) == pytest.approx(0.6**2 / (2 * 0.3**2), rel=1e-4)
     assert CountMap(4, 2, head="poisson", dispersion="trend").trend is None
+
+def small_pair(**options) -> CountAutoencoder:
+    torch.manual_seed(0)
+    return CountAutoencoder(12, 3, hidden=8, width=4, rank=2, **options).eval()
+
+
+def test_the_parts_of_the_loss_are_weighed_as_asked():
+    x, noise = torch.poisson(torch.full((5, 12), 3.0), generator=torch.Generator().manual_seed(1)), torch.zeros(5, 3)
+    with torch.no_grad():
+        mean, log_var = small_pair().round(x)
+        kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(1).mean()
+        by_kl = [float(small_pair(kl=weight).loss(x, noise)) for weight in (0.0, 2.0)]
+        by_tau = [float(small_pair(tau=tau, n_cells=10).loss(x, noise)) for tau in (1e6, 0.5)]
+        penalty = small_pair().map.penalty(0.5)
+    assert by_kl[1] - by_kl[0] == pytest.approx(2 * float(kl) / 12, rel=1e-3)
+    assert by_tau[1] - by_tau[0] == pytest.approx(float(penalty) / 10 / 12, rel=1e-3)
+
+
+def test_settings_of_the_pair_reach_its_halves():
+    pair = small_pair(input_dropout=0.4, dropout=0.3, head="nb", dispersion="gene", outliers=False)
+    shares = [part.p for part in pair.modules() if isinstance(part, counts_module.Dropout)]
+    assert pair.round.input_dropout == 0.4 and shares == [0.3] * 4
+    assert pair.map.logit is None and pair.map.outlier is None and not pair.map.low
+
+
+@pytest.mark.parametrize("far", [-50.0, 50.0])
+def test_dispersion_and_outliers_stay_within_bounds(far):
+    pair = small_pair()
+    with torch.no_grad():
+        pair.map.log_r.fill_(far)
+        pair.map.outlier_mean.fill_(far)
+        parameters = pair.map(torch.zeros(2, 3), torch.zeros(2, 1))
+    assert parameters.log_r.unique().item() == (8.0 if far > 0 else -6.0)
+    assert parameters.outlier_mean.unique().item() == pytest.approx(9.0 if far > 0 else 0.7)
+
+
+def test_means_are_moved_by_a_bounded_step():
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(5.0, (200, 12)).astype(np.float32))
+    pair = small_pair(n_cells=200, start=count_start(counts))
+    with torch.no_grad():
+        pair.map.mean.bias.add_(torch.linspace(-3.0, 3.0, 12))
+    step = calibrate_means(pair, CellReader(counts, target_sum=None, transform="none"), device=torch.device("cpu"))
+    assert step.max() == 0.5 and step.min() == -0.5
+
+
+def test_the_count_of_an_empty_cell_goes_to_its_likeliest_gene():
+    log_mu = torch.tensor([[-30.0, -29.0, -31.0], [-28.0, -29.0, -31.0]])
+    assert draw_counts(CountParameters(log_mu, torch.zeros(3))).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_expected_counts_are_the_means_of_draws(head):
+    p = random_parameters(1, 6, 3, head=head)._replace(outlier=torch.linspace(-4.0, -1.0, 6), outlier_mean=torch.full((6,), 2.0))
+    p = p._replace(log_r=None if p.log_r is None else p.log_r.clamp_min(0.0))
+    many = CountParameters(*(None if part is None else part.float().expand(20_000, -1) if part.ndim == 2 else part.float() for part in p))
+    drawn = draw_counts(many, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.mean(0), expected_counts(many)[0], rtol=0.1, atol=0.02)
+
+
+def test_decoded_cells_leave_outliers_out():
+    pair = small_pair()
+    with torch.no_grad():
+        pair.map.outlier.fill_(0.0)
+        pair.map.outlier_mean.fill_(0.9)                       # half of all counts would be of e^9
+        assert pair.decode(torch.zeros(2, 4)).sum(1).max() < 10
+
+
+def test_rare_genes_start_like_the_others():
+    """Four single counts say nothing of a dispersion, and a gene without outliers is not given any."""
+    rng = np.random.default_rng(3)
+    x = rng.poisson(np.outer(rng.gamma(6.0, 100.0, 3000), rng.dirichlet(np.full(50, 5.0))) * rng.gamma(5.0, 0.2, (3000, 50)))
+    x[:, 0] = 0
+    x[[5, 500, 1000, 2000], 0] = 1
+    start = count_start(sp.csr_matrix(x))
+    assert abs(start.log_r[0] - np.median(start.log_r)) < 1 and np.median(start.outlier) == start.outlier[0] == -14
