@@ -147,18 +147,39 @@ class DiskCounts:
         self._column: np.ndarray | None = None
 
     def take(self, *, rows: np.ndarray | None = None, genes: np.ndarray | None = None) -> "DiskCounts":
-        """Some cells (ascending indices) and some genes (indices, in any order) of the same file."""
+        """Some cells (a mask, or ascending indices) and some genes (a mask, or indices in any order) of the same file.
+
+        Raises
+        ------
+        InputError
+            For indices that are not there, cells out of order and genes named twice.
+        """
         out = copy.copy(self)
         if rows is not None:
-            rows = np.asarray(rows, dtype=np.int64)
+            rows = self._chosen(rows, 0)
             out._rows = rows if self._rows is None else self._rows[rows]
             out.nnz = int((self._indptr[out._rows + 1] - self._indptr[out._rows]).sum())
         if genes is not None:
+            genes = self._chosen(genes, 1)
             before = np.arange(self._n_genes) if self._column is None else np.argsort(self._column)[-self.shape[1]:]
             out._column = np.full(self._n_genes, -1, dtype=np.int32)
-            out._column[before[np.asarray(genes)]] = np.arange(len(genes), dtype=np.int32)
+            out._column[before[genes]] = np.arange(len(genes), dtype=np.int32)
         out.shape = (self.shape[0] if rows is None else len(rows), self.shape[1] if genes is None else len(genes))
         return out
+
+    def _chosen(self, which, axis: int) -> np.ndarray:
+        """Indices of cells (0) or genes (1) from indices or a mask."""
+        which, n, what = np.asarray(which), self.shape[axis], ("cells", "genes")[axis]
+        if which.dtype == bool:
+            if which.shape != (n,):
+                raise InputError(f"a mask of {what} to take must have {n} values, got {which.size}")
+            return np.flatnonzero(which)
+        which = which.astype(np.int64)
+        if which.size and not 0 <= which.min() <= which.max() < n:
+            raise InputError(f"{what} to take must be indices from 0 to {n - 1}, got {which[(which < 0) | (which >= n)][0]}")
+        if (np.diff(which) < 0).any() if axis == 0 else len(np.unique(which)) < len(which):
+            raise InputError(f"{what} to take must be " + ("in ascending order; sort them" if axis == 0 else "named once each"))
+        return which
 
     def _entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The only place that reads values and columns."""
@@ -321,6 +342,8 @@ class DiskCells:
         Their places in the file, ascending; ``None``: all.
     known
         Columns of ``obs`` that are not read from the file, one value per chosen cell.
+    index
+        Names of all cells of the file, where they are not read from it.
     uns
         As in AnnData; `load_on_disk` leaves its record there.
     """
@@ -329,6 +352,7 @@ class DiskCells:
     var_names: pd.Index
     rows: np.ndarray | None = None
     known: dict = field(default_factory=dict)
+    index: pd.Index | None = None
     uns: dict = field(default_factory=dict)
 
     @property
@@ -390,20 +414,21 @@ class DiskCells:
         return SimpleNamespace(obs=self.obs(*([] if key is None else [key])), n_obs=self.n_obs)
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """Names of the given cells (ascending), read from the file."""
+        """Names of the given cells (ascending)."""
         rows, there = np.asarray(rows), self.counts._file["obs"]
         at = rows if self.rows is None else self.rows[rows]
-        if not len(at):
-            return []
+        if not len(at) or self.index is not None:
+            return [] if self.index is None else [str(v) for v in self.index[at]]
         index = _values(there[there.attrs["_index"]])[int(at[0]):int(at[-1]) + 1]
         return [v.decode() if isinstance(v, bytes) else str(v) for v in index[at - at[0]]]
 
     def take(self, rows: np.ndarray | None = None, genes: np.ndarray | None = None) -> "DiskCells":
-        """Some of the cells (ascending) and some of the genes."""
+        """Some of the cells (a mask, or ascending indices) and some of the genes; refused as by `DiskCounts.take`."""
         out = replace(self, counts=self.counts.take(rows=rows, genes=genes))
         if rows is not None:
+            rows = self.counts._chosen(rows, 0)
             known = {k: v.iloc[rows] if isinstance(v, pd.Series) else v[rows] for k, v in self.known.items()}
-            out = replace(out, rows=np.asarray(rows) if self.rows is None else self.rows[rows], known=known)
+            out = replace(out, rows=rows if self.rows is None else self.rows[rows], known=known)
         return out if genes is None else replace(out, var_names=self.var_names[genes])
 
     def reader(self, **options) -> DiskReader:
@@ -412,9 +437,8 @@ class DiskCells:
 
     def to_memory(self, rows: np.ndarray | None = None, *, columns: Sequence[str] = ()) -> ad.AnnData:
         """Some of the cells (ascending; default: all) as AnnData with counts in ``X``."""
-        rows = np.arange(self.n_obs) if rows is None else np.asarray(rows)
-        part = self.take(rows)
-        obs = part.obs(*columns).set_axis(pd.Index(part.names(np.arange(len(rows))), dtype=object), axis=0)
+        part = self if rows is None else self.take(rows)
+        obs = part.obs(*columns).set_axis(pd.Index(part.names(np.arange(part.n_obs)), dtype=object), axis=0)
         return ad.AnnData(part.counts[:], obs=obs, var=pd.DataFrame(index=self.var_names), uns=dict(self.uns))
 
 
@@ -439,7 +463,7 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
     Parameters
     ----------
     source
-        Path of the file, or an AnnData opened with ``backed="r"``, whose ``obs`` and ``var_names`` are taken as they are now.
+        Path of the file, or an AnnData opened with ``backed="r"``, whose ``obs`` and names are taken as they are now.
     layer
         Layer that holds the counts, see `DiskCounts`.
 
@@ -456,7 +480,8 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
     counts = DiskCounts(source if adata is None else adata.filename, layer=layer)
     try:
         if adata is not None:
-            return DiskCells(counts, _checked_names(adata.var_names, counts.slot, counts.shape[1]), known={c: adata.obs[c] for c in adata.obs})
+            return DiskCells(counts, _checked_names(adata.var_names, counts.slot, counts.shape[1]), known={c: adata.obs[c] for c in adata.obs},
+                             index=adata.obs_names)
         var, obs = counts._file["var"], counts._file["obs"]
         names = _checked_names(read_elem(var[var.attrs["_index"]]), counts.slot, counts.shape[1])
         if (n := len(_values(obs[obs.attrs["_index"]]))) != counts.shape[0]:
@@ -520,7 +545,15 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
 
 
 def split_on_disk(cells: DiskCells, *, seed: int = 0, most: int = TEST_CELLS) -> tuple[DiskCells, DiskCells]:
-    """Training and test cells by `scld_nb.data.split`: 20 % of each label, but about ``most`` test cells at the most."""
+    """Training and test cells by `scld_nb.data.split`: 20 % of each label, but about ``most`` test cells at the most.
+
+    Raises
+    ------
+    InputError
+        If the cells are not from `load_on_disk`.
+    """
+    if "labels_key" not in cells.uns.get("scld_data", {}):
+        raise InputError("these cells do not say which column holds their labels; read them by load_on_disk(path, labels=...)")
     key = cells.uns["scld_data"]["labels_key"]
     place = f"place of {key}"                                  # no column that is there
     names = pd.DataFrame(cells.obs(key).assign(**{place: np.arange(cells.n_obs)}))
@@ -592,6 +625,16 @@ class Moments:
         return self._m / self.n
 
 # %% ../nbs/00_large.ipynb #c040
+def _as_stored(column: pd.Series) -> pd.Series:
+    """A column of ``obs`` as categories, numbers of numpy, or texts."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column
+    if column.dtype.kind in "fiub":
+        return column.astype(np.float64) if pd.api.types.is_extension_array_dtype(column.dtype) else column
+    there = column.notna()
+    return column.where(there, "").astype(str).astype(object) if not there.all() else column.astype(str).astype(object)
+
+
 class CellWriter:
     """An ``.h5ad`` file that is written in chunks, under a temporary name until it is complete; use it in a ``with``.
 
@@ -666,7 +709,7 @@ class CellWriter:
         self._categories: dict[str, dict] = {}
         self._agreed: dict[str, tuple | None] = {}
         for name in self._columns:
-            column = adata.obs[name]
+            column = _as_stored(adata.obs[name])
             if isinstance(column.dtype, pd.CategoricalDtype):
                 self._file.create_group(f"obs/{name}")
                 self._array(f"obs/{name}/codes", np.dtype(np.int32))
@@ -677,7 +720,10 @@ class CellWriter:
                 self._array(f"obs/{name}", h5py.string_dtype(), chunk=4096)
 
     def append(self, adata: ad.AnnData) -> None:
-        """Write the next cells; ``X`` is sparse or dense, ``obs`` has numbers, categories and texts."""
+        """Write the next cells; ``X`` is sparse or dense, ``obs`` has numbers, categories and texts.
+
+        A missing text becomes an empty one, pandas' nullable numbers become float64 with NaN.
+        """
         x = sp.csr_matrix(adata.X)
         x.sum_duplicates()
         self._room(x.data.nbytes + 4 * x.nnz + 64 * (len(adata.obs.columns) + 2) * x.shape[0])
@@ -690,10 +736,9 @@ class CellWriter:
         self._grow(self._file["X/indptr"], x.indptr[1:].astype(np.int64) + self.nnz)
         self._grow(self._file["obs/_index"], adata.obs_names.to_numpy(dtype=object))
         for name in self._columns:
-            column = adata.obs[name]
+            column = _as_stored(adata.obs[name])
             if name not in self._categories:
-                text = column.dtype.kind not in "fiub"
-                self._grow(self._file[f"obs/{name}"], column.astype(str).to_numpy(dtype=object) if text else column.to_numpy())
+                self._grow(self._file[f"obs/{name}"], column.to_numpy())
                 continue
             if tuple(column.cat.categories) != self._agreed[name]:
                 self._agreed[name] = None

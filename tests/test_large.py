@@ -824,3 +824,42 @@ def test_names_that_do_not_fit_the_matrix(file, tmp_path, n, genes, message):
         other.copy("X", cells)
     with pytest.raises(InputError, match=f"{message}; write the file again"):
         open_cells(tmp_path / "cells.h5ad")
+
+
+# ------------------------------------------------------------------ what callers give
+
+def test_cells_and_genes_are_taken_by_mask_or_in_order(tmp_path):
+    cells = planted_cells()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    there, mask = open_cells(tmp_path / "cells.h5ad"), (cells.obs["cell_type"] == "T").to_numpy()
+    some = there.take(mask, np.arange(60) % 2 == 0)
+    assert some.n_obs == mask.sum() and set(some.obs("cell_type")["cell_type"]) == {"T"} and list(some.var_names) == list(cells.var_names[::2])
+    assert (some.counts[:] != cells.X[mask][:, ::2]).nnz == 0 and list(there.to_memory(mask).obs_names) == list(cells.obs_names[mask])
+    for options, message in (({"rows": [5, 2]}, "cells to take must be in ascending order; sort them"), ({"rows": [-1]}, "indices from 0 to 299, got -1"),
+                             ({"rows": [3, 300]}, "got 300"), ({"rows": mask[:9]}, "a mask of cells to take must have 300 values, got 9"),
+                             ({"genes": [1, 1]}, "genes to take must be named once each"), ({"genes": [60]}, "genes to take must be indices from 0 to 59, got 60")):
+        with pytest.raises(InputError, match=message):
+            there.take(**{k: np.array(v) for k, v in options.items()})
+    with pytest.raises(InputError, match=r"read them by load_on_disk\(path, labels="):
+        split_on_disk(there)
+
+
+def test_a_backed_anndata_has_the_names_it_has_now(tmp_path):
+    planted_cells().write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    backed.obs_names = [f"new{i}" for i in range(300)]
+    cells = open_cells(backed)
+    assert list(cells.to_memory(np.array([3, 8])).obs_names) == ["new3", "new8"] and cells.take(np.array([5, 7, 9])).names(np.array([1])) == ["new7"]
+
+
+def test_missing_texts_and_nullable_numbers_can_be_written(tmp_path):
+    cells = planted_cells(4, 5)
+    cells.obs["text"], cells.obs["number"] = ["a", None, np.nan, "b"], pd.array([1, None, 2, 3], dtype="Int64")
+    cells.obs["yes"] = pd.array([True, False, None, True], dtype="boolean")
+    with CellWriter(tmp_path / "x.h5ad") as file:
+        file.append(cells)
+        file.append(cells)
+    obs = ad.read_h5ad(tmp_path / "x.h5ad").obs
+    assert list(obs["text"]) == ["a", "", "", "b"] * 2
+    np.testing.assert_array_equal(obs["number"], [1, np.nan, 2, 3] * 2)
+    np.testing.assert_array_equal(obs["yes"], [1, 0, np.nan, 1] * 2)

@@ -438,7 +438,9 @@ def test_a_training_goes_on_where_sums_are_rounded_otherwise(cells, tiny, tmp_pa
     SCLD(cells, "cell_type", **(tiny | {"head": head})).train(6, **options)
     what = "fit_count_statistics" if head == "zinb" else "fit_latent_statistics"
 
-    def rounded(autoencoder, *args, real=getattr(module, what), **kwargs):
+    real = getattr(module, what)
+
+    def rounded(autoencoder, *args, **kwargs):
         found = real(autoencoder, *args, **kwargs)
         with torch.no_grad():
             (autoencoder.map.mean.bias if head == "zinb" else autoencoder.latent_mean).mul_(1 + 1e-6)
