@@ -33,9 +33,9 @@ class OnDevice:
         self.n_obs, self.n_vars = cells.shape
         self.longest = max(1, int(np.diff(cells.indptr).max(initial=0)))
         pad = self.longest                                   # so that the last rows can be read beyond their end
-        values = np.concatenate([cells.data.astype(np.float32, copy=False), np.zeros(pad, np.float32)])
-        columns = np.concatenate([cells.indices.astype(np.int32, copy=False), np.zeros(pad, np.int32)])
-        self._values, self._columns = (torch.from_numpy(part).to(device) for part in (values, columns))
+        self._values, self._columns = (torch.zeros(cells.nnz + pad, dtype=kind, device=device) for kind in (torch.float32, torch.int32))
+        for there, here, kind in ((self._values, cells.data, np.float32), (self._columns, cells.indices, np.int32)):
+            there[:cells.nnz].copy_(torch.from_numpy(here[:cells.nnz].astype(kind, copy=False)))       # no second copy in the memory of the CPU
         self._starts = torch.from_numpy(cells.indptr.astype(np.int64)).to(device)
         self._places = torch.arange(self.longest, device=device)
 
