@@ -196,7 +196,7 @@ def sampling(cells: ad.AnnData, device: torch.device, given: argparse.Namespace)
     replay = seen.replay()
 
     def bare() -> None:
-        with reduced_precision(device, model.config.precision if device.type == "cpu" else "auto"):      # as the draws have it
+        with reduced_precision(device, model.config.precision):      # as the draws have it
             replay()
 
     works = {"default": (draw, 1), "behind the Scorer": (lambda: draw(keep=0.8), 1), "guided, omega 1": (lambda: draw(omega=1.0), 1),

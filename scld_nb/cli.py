@@ -670,7 +670,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 2, f"{text}; give another path, or change its permissions"
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":          # torch's, without importing it
-        return 1, f"the GPU's memory is full ({text.split('. ')[0]}); close other programs on it, use fewer genes or a smaller --batch-size, or --device cpu"
+        return 1, f"the GPU's memory is full ({text.split('. ')[0]}); close other programs on it, use fewer genes, --device cpu or, to sample, a smaller --batch-size"
     return 1, f"{what} (set SCLD_DEBUG=1 to see where)"
 
 

@@ -48,7 +48,7 @@ class OnDevice:
         return out.scatter_add_(1, self._columns[at].long(), self._values[at] * own)
 
 
-def on_device(reader: CellReader, device: torch.device, *, share: float = 0.5) -> OnDevice | None:
+def on_device(reader: CellReader, device: torch.device, *, rows: np.ndarray | None = None, share: float = 0.5) -> OnDevice | None:
     """The cells of a reader on a GPU, in model space; ``None`` on other devices, for cells on disk, and for more than there is room for.
 
     Parameters
@@ -57,15 +57,18 @@ def on_device(reader: CellReader, device: torch.device, *, share: float = 0.5) -
         The cells.
     device
         Where they are wanted.
+    rows
+        Indices of the cells that are wanted; default: all.
     share
         Most of the free memory of the GPU that they may take.
     """
     if device.type != "cuda" or not isinstance(reader, CellReader) or isinstance(reader, DiskReader):
         return None
     torch.cuda.empty_cache()                                 # what an earlier model left counts as free
-    if 8 * reader.counts.nnz > share * torch.cuda.mem_get_info(device)[0]:
+    entries = np.diff(reader.counts.indptr)[slice(None) if rows is None else rows].sum()
+    if 8 * int(entries) > share * torch.cuda.mem_get_info(device)[0]:
         return None
-    return OnDevice(reader.read_sparse(slice(None)), device)
+    return OnDevice(reader.read_sparse(slice(None) if rows is None else rows), device)
 
 # %% ../nbs/00_gpu.ipynb #c017
 def rows_at_once(n_genes: int, device: torch.device, *, most: int = 1024) -> int:

@@ -631,8 +631,7 @@ def _as_stored(column: pd.Series) -> pd.Series:
         return column
     if column.dtype.kind in "fiub":
         return column.astype(np.float64) if pd.api.types.is_extension_array_dtype(column.dtype) else column
-    there = column.notna()
-    return column.where(there, "").astype(str).astype(object) if not there.all() else column.astype(str).astype(object)
+    return column.where(column.notna(), "").astype(str).astype(object)
 
 
 class CellWriter:

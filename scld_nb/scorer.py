@@ -21,8 +21,7 @@ from scipy import sparse
 from torch import nn
 
 from .data import CellReader, InputError
-from .gpu import OnDevice
-from .large import DiskReader
+from .gpu import OnDevice, on_device
 from .training import counter_seed, progress_bar
 
 # %% ../nbs/07_scorer.ipynb #c008
@@ -113,9 +112,9 @@ def train_scorer(
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
-    there, kept = None, [np.sort(rows_real), np.sort(rows_fake)]
-    if device.type == "cuda" and isinstance(real, CellReader) and not isinstance(real, DiskReader):     # the few cells that are looked at
-        there = [OnDevice(part, device) for part in (real.read_sparse(kept[0]), fake[kept[1]])]
+    kept = [np.sort(rows_real), np.sort(rows_fake)]          # the few cells that are looked at
+    real_there = on_device(real, device, rows=kept[0])
+    there = None if real_there is None else [real_there, OnDevice(fake[kept[1]], device)]
 
     def batch(r: np.ndarray, f: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         y = torch.from_numpy(np.repeat([1, 0], [len(r), len(f)])).to(device)

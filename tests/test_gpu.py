@@ -95,6 +95,15 @@ def test_a_block_has_rows_and_fits(genes, most):
     assert genes > 2**15 or rows_at_once(genes, CUDA) == 1024
 
 
+@needs_gpu
+def test_some_of_the_cells_need_room_for_them_alone(monkeypatch):
+    reader = CellReader(counts())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * reader.counts.nnz, 2**40))
+    few = on_device(reader, CUDA, rows=np.array([7, 250]), share=0.5)
+    assert on_device(reader, CUDA, share=0.5) is None and few is not None and few.n_obs == 2
+    assert np.array_equal(few.dense(torch.tensor([1, 0], device=CUDA)).cpu().numpy(), reader.read(np.array([250, 7])))
+
+
 def test_only_a_gpu_with_room_keeps_the_cells(monkeypatch, tmp_path):
     reader = CellReader(counts())
     assert on_device(reader, CPU) is None
