@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY, benchmark_script, planted_cells
 
 from scld_nb.data import counts_matrix, default_split, load
+from scld_nb.model import SCLD
 
 SETTINGS = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items() if k != "head"]
 
@@ -134,3 +135,28 @@ def test_tails_are_written_once_and_never_meet_a_test_cell(file, tmp_path, capsy
     capsys.readouterr()
     assert tails.main(argv) == 0 and "trend" in capsys.readouterr().out and len(fitted) == 2
     assert tails.main(["nowhere.h5ad", "--root", str(tmp_path)]) == 2
+
+
+# ------------------------------------------------------------------ steps of the paper's autoencoder
+
+def test_the_autoencoder_is_looked_at_along_one_training(file, tmp_path, capsys, monkeypatch):
+    script, models, seen = benchmark_script("autoencoder_steps"), [], []
+
+    def made(cells, *args, real=script.SCLD, **settings):
+        seen.append(cells)
+        models.append(real(cells, *args, **settings))
+        return models[-1]
+
+    monkeypatch.setattr(script, "SCLD", made)
+    argv = [str(file), "--labels", "cell_type", "--seeds", "0", "--steps", "60", "20", "--trees", "5", "--root", str(tmp_path)]
+    assert script.main(argv) == 0
+    found = json.loads((tmp_path / "results" / "planted" / "autoencoder_steps" / "seed0.json").read_text())
+    train, test = default_split(load(str(file), labels="cell_type"))
+    assert [row["steps"] for row in found["rows"]] == [20, 60] and found["n_fit"] + found["n_validation"] == train.n_obs
+    assert found["rows"][1]["loss fitted"] < found["rows"][0]["loss fitted"] and len(models) == 1
+    assert set(seen[0].obs_names) < set(train.obs_names) and not set(seen[0].obs_names) & set(test.obs_names)
+    at_once = SCLD(seen[0], "cell_type", head="mse", seed=0).train(1, ae_steps=60, scorer=False, progress=False)
+    assert script.loss(at_once, seen[0]) == found["rows"][1]["loss fitted"]                  # looking on the way changes nothing
+    assert script.main(argv) == 0 and len(models) == 1                                       # the second time from the file
+    capsys.readouterr()
+    assert script.main(["nowhere.h5ad", "--root", str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
