@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGET_SUM', 'DATASETS', 'PAPER_TABLE2', 'TRANSFORMS', 'InputError', 'DownloadError', 'DatasetInfo', 'register',
-           'dataset_info', 'data_dir', 'file_sha256', 'fetch', 'recover_counts', 'read_dataset', 'counts_matrix',
-           'library_normalize', 'apply_transform', 'invert_transform', 'CellReader', 'cluster', 'preprocess', 'load',
-           'split', 'default_split', 'table2', 'join']
+           'dataset_info', 'data_dir', 'file_sha256', 'fetch', 'recover_counts', 'read_dataset', 'doubts',
+           'doubts_about', 'counts_matrix', 'library_normalize', 'apply_transform', 'invert_transform', 'CellReader',
+           'cluster', 'preprocess', 'not_h5ad', 'load', 'split', 'default_split', 'table2', 'join']
 
 # %% ../nbs/00_data.ipynb #c003
 import hashlib
@@ -375,8 +375,9 @@ def _check_values(values: np.ndarray, slot: str) -> None:
         raise InputError(f"{slot} holds negative values (least {values.min():.3g}): it looks scaled, not counts{mend}")
     if (broken := values != np.rint(values)).any():
         what = "log-transformed" if values.max() < 20 else "normalised"
+        estimated = "" if values.max() < 20 else "; estimates of counts (SoupX, alevin, RSEM) may be rounded with numpy.rint"
         raise InputError(f"{slot} holds non-integer values (e.g. {values[broken][0]:.4g}, greatest {values.max():.4g}): "
-                         f"it looks {what}, not counts{mend}")
+                         f"it looks {what}, not counts{mend}{estimated}")
 
 
 def _raw_x(adata: ad.AnnData):
@@ -395,6 +396,38 @@ def _whole_in_raw(adata: ad.AnnData, slot: str) -> bool:
     x = adata.raw.X[:100]
     values = np.asarray(x.data if sp.issparse(x) else x).ravel()
     return bool(np.isreal(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
+
+
+def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | None = None) -> list[str]:
+    """What is odd about whole numbers that pass for counts of genes, one sentence each.
+
+    Parameters
+    ----------
+    by_cell, by_gene
+        Sums of the counts, (n_cells,) and (n_genes,).
+    kinds
+        Column "feature_types" of `var`, with which Cell Ranger tells antibodies, guides and peaks from genes.
+
+    Returns
+    -------
+    list of str
+        Other features than genes; library sizes that hardly differ, as rounded CPM or TPM have.
+    """
+    found, size = [], by_cell[by_cell > 0]
+    own = np.asarray([] if kinds is None else kinds).astype(str)
+    if len(names := np.unique(own)) > 1:
+        share = {name: by_gene[own == name].sum() / max(by_gene.sum(), 1) for name in names}
+        found.append("not all features are genes: " + ", ".join(f"{(own == name).sum()} of {str(name)!r} with {share[name]:.0%} of the counts" for name in names)
+                     + "; all are learned alike; adata[:, adata.var['feature_types'] == 'Gene Expression'] has the genes")
+    if len(size) >= 20 and size.mean() >= 1000 and size.std() < 0.01 * size.mean():
+        found.append(f"all cells hold nearly the same number of counts ({size.min():.0f} to {size.max():.0f}): rounded CPM or TPM, not counts?")
+    return found
+
+
+def doubts_about(counts: sp.csr_matrix, var: pd.DataFrame) -> list[str]:
+    """`doubts` about counts in memory, (n_cells, n_genes), with the facts about their genes."""
+    by_cell, by_gene = (np.asarray(counts.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
+    return doubts(by_cell, by_gene, var.get("feature_types"))
 
 
 def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_cells: bool = False) -> sp.csr_matrix:
@@ -446,7 +479,9 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     try:
         _check_values(counts.data, slot)
     except InputError as error:
-        raise InputError(f"{error}; adata.raw holds whole numbers, layer='raw' takes them" if _whole_in_raw(adata, slot) else str(error)) from None
+        others = ", ".join(repr(name) for name in adata.layers if name != layer)
+        raw = "; adata.raw holds whole numbers, layer='raw' takes them" if _whole_in_raw(adata, slot) else ""
+        raise InputError(f"{error}{f'; layers there: {others}' if others else ''}{raw}") from None
     empty = np.flatnonzero(np.asarray(counts.sum(axis=1)).ravel() == 0)
     if empty.size and not allow_empty_cells:
         raise InputError(f"{slot} has {empty.size} cells without a single count, e.g. {adata.obs_names[empty[0]]!r}; "
@@ -755,9 +790,13 @@ def _check_few(column: pd.Series, key: str) -> None:
 
 def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     """The column as categories of strings: order of a categorical kept, else numbers before words."""
+    if not isinstance(key, str):
+        raise InputError(f"labels come from one column of obs, got {key!r}; give its name, or paste columns into a new one")
     if key not in obs:
         raise InputError(f"no column {key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
     column = obs[key]
+    if isinstance(column, pd.DataFrame):
+        raise InputError(f"obs has several columns {key!r}; rename all but one")
     if missing := int(column.isna().sum()):
         raise InputError(f"obs[{key!r}] has {missing} cells without a label; remove them or fill the label in")
     _check_few(column, key)
@@ -773,6 +812,10 @@ def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData
     key = key or info.labels_key
     raw.obs[key] = _label_column(raw.obs, key)
     out = preprocess(raw)
+    if clustered and info.kind == "h5ad":
+        there = ", ".join(map(str, raw.obs.columns.drop(key))) or "none"
+        warnings.warn(f"no labels were named, so {out.obs[key].nunique()} Louvain clusters are computed; "
+                      f"columns of obs to take with labels= (--labels): {there}", stacklevel=4)
     if clustered:
         out.obs[key] = _by_size(out.obs[key].astype(int))
     out.obs[key] = out.obs[key].cat.remove_unused_categories()
@@ -780,14 +823,32 @@ def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData
     return out
 
 
-def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: str | None = None,
+def not_h5ad(path: str | Path) -> str:
+    """What to do with a file or folder of another kind: a sentence, or "" if its name does not tell."""
+    text, path = str(path), Path(path).expanduser()
+    if text.rstrip("/").endswith(".zarr"):
+        return f"zarr is not read here; anndata.read_zarr({text!r}).write_h5ad('cells.h5ad') makes a file that is"
+    if path.is_dir() and any(path.glob("matrix.mtx*")):
+        return f"a folder of Cell Ranger is not read here; scanpy.read_10x_mtx({text!r}).write_h5ad('cells.h5ad') makes a file that is"
+    ways = {".h5": "scanpy.read_10x_h5({0!r})", ".loom": "anndata.io.read_loom({0!r})", ".csv": "scanpy.read_csv({0!r})", ".mtx": "scanpy.read_mtx({0!r}).T",
+            ".tsv": "scanpy.read_text({0!r})", ".txt": "scanpy.read_text({0!r})"}
+    if (way := ways.get(path.suffix)) and path.exists():
+        return f"only .h5ad is read here; {way.format(text)}.write_h5ad('cells.h5ad') makes such a file, if rows are cells"
+    if path.suffix in (".gz", ".zip", ".bz2") and path.exists():
+        return "it is compressed; unpack it first"
+    if path.suffix.lower() in (".rds", ".rdata") and path.exists():
+        return "an R object is not read here; write its counts as .h5ad in R, e.g. with the packages zellkonverter or anndataR"
+    return ""
+
+
+def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = None, labels: str | None = None,
          cache: bool | str | Path | None = None) -> ad.AnnData:
-    """A known data set or an `.h5ad` file, checked, labelled, filtered and normalised.
+    """A known data set, an `.h5ad` file or cells in memory, checked, labelled, filtered and normalised.
 
     Parameters
     ----------
     source
-        Known name, `DatasetInfo`, or path of an `.h5ad` file with integer counts.
+        Known name, `DatasetInfo`, path of an `.h5ad` file with integer counts, or an AnnData, which is not changed.
     layer
         Layer of the `.h5ad` that holds the counts, see `counts_matrix`; "raw" takes all genes of `raw`.
     labels
@@ -812,31 +873,43 @@ def load(source: str | Path | DatasetInfo, *, layer: str | None = None, labels: 
         if layer is not None:
             raise InputError(f"layer={layer!r} is for .h5ad files; dataset {info.name!r} has its counts in X")
         path = fetch(info)
+    elif isinstance(source, ad.AnnData):
+        info, path = DatasetInfo("cells", kind="h5ad", origin="user's AnnData"), None
+    elif not isinstance(source, str | Path):
+        raise InputError(f"give the name of a known data set, a path or an AnnData, got {type(source).__name__}")
     else:
-        if str(source).rstrip("/").endswith(".zarr"):
-            raise InputError(f"{source}: zarr is not read here; anndata.read_zarr({str(source)!r}).write_h5ad('cells.h5ad') makes a file that is")
+        if way := not_h5ad(source):
+            raise InputError(f"{source}: {way}")
         if not str(source).endswith(".h5ad") and not Path(source).is_file():
             dataset_info(str(source))  # raises, listing what is known
         info, path = DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
+    if not isinstance(layer, str | None):
+        raise InputError(f"layer must be the name of one layer, got {layer!r}")
 
     def build() -> ad.AnnData:
-        raw = read_dataset(info, path=path) if known else _read_h5ad(path)
+        raw = source if isinstance(source, ad.AnnData) else read_dataset(info, path=path) if known else _read_h5ad(path)
         if layer == "raw" and "raw" not in raw.layers and raw.raw is not None:
             raw = raw.raw.to_adata()                           # with all of its genes
             counts = counts_matrix(raw, layer="X", allow_empty_cells=True)
         else:
             counts = counts_matrix(raw, layer=layer, allow_empty_cells=True)
         out = _labelled(ad.AnnData(counts, obs=raw.obs.copy(), var=raw.var.copy()), labels, info)
+        for doubt in [] if known else doubts_about(out.layers["counts"], out.var):
+            warnings.warn(doubt, stacklevel=3)
         if not known and out.n_obs < raw.n_obs:
             facts = out.uns["scld_data"]
             warnings.warn(f"{raw.n_obs - out.n_obs} of {raw.n_obs} cells are left out, they have fewer than {facts['min_genes']} genes; of genes seen in "
                           f"fewer than {facts['min_cells']} cells {raw.n_vars - out.n_vars} of {raw.n_vars}", stacklevel=3)
-        out.uns["scld_data"] |= {"name": info.name, "kind": info.kind, "origin": info.origin, "file": path.name,
-                                 "sha256": file_sha256(path), "n_test": info.n_test or 0, "n_valid": info.n_valid,
+        if path is None:
+            digest = hashlib.sha256(repr(counts.shape).encode())
+            for part in (counts.data, counts.indices, counts.indptr):
+                digest.update(np.ascontiguousarray(part).tobytes())
+        out.uns["scld_data"] |= {"name": info.name, "kind": info.kind, "origin": info.origin, "file": "" if path is None else path.name,
+                                 "sha256": digest.hexdigest() if path is None else file_sha256(path), "n_test": info.n_test or 0, "n_valid": info.n_valid,
                                  "tissue": info.tissue}
         return out
 
-    if cache is False or not info.kind.startswith("10x") or labels is not None:
+    if cache is False or not info.kind.startswith("10x") or labels is not None or path is None:
         return build()
     return _cached(data_dir() if cache is None or cache is True else Path(cache), info, path, build)
 
@@ -899,6 +972,8 @@ def split(adata: ad.AnnData, *, test_size: float = 0.2, n_test: int | None = Non
     key = stratify or adata.uns.get("scld_data", {}).get("labels_key")
     if key == "split":
         raise InputError("labels in obs['split'] would be replaced by the names of the parts; give that column another name")
+    if "split" in adata.obs and not set(adata.obs["split"].astype(str)) <= {"train", "valid", "test"}:
+        warnings.warn("obs['split'] is replaced by the names of the parts in the cells returned; those given keep theirs", stacklevel=2)
     groups = np.zeros(adata.n_obs, dtype=int) if key is None else _label_column(adata.obs, key).codes
     rng, mark = np.random.default_rng(seed), np.full(adata.n_obs, "train", dtype=object)
     for group in np.unique(groups):
@@ -910,10 +985,10 @@ def split(adata: ad.AnnData, *, test_size: float = 0.2, n_test: int | None = Non
         raise InputError(f"no label has enough cells for a share of {ratio:.4g}; raise test_size")
     record = {"seed": seed, "stratify": key or "", **{f"n_{part}": int((mark == part).sum()) for part in ("train", "valid", "test")}}
     both = []
-    for rows in (mark != "test", mark == "test"):
+    for name, rows in (("train", mark != "test"), ("test", mark == "test")):
         part = adata[rows].copy()
         part.obs["split"] = pd.Categorical(mark[rows], categories=["train", "valid", "test"])
-        part.uns["scld_data"] = dict(part.uns.get("scld_data", {})) | {"split": record}
+        part.uns["scld_data"] = dict(part.uns.get("scld_data", {})) | {"split": record | {"part": name}}
         both.append(part)
     return both[0], both[1]
 
@@ -960,7 +1035,8 @@ def join(real: ad.AnnData, synth: ad.AnnData | Sequence[ad.AnnData], *, key: str
     synth
         What `SCLD.sample` of a count head gave, or a list of such draws.
     key
-        New column of `obs`: "real" or "synthetic".
+        New column of `obs`: "real" or "synthetic". Columns that a draw has of its own ("condition", "omega", "score") are called
+        "scld_condition" and so on where `real` has a column of that name, which means something else.
     layer
         Layer of `real` that holds the counts, see `counts_matrix`.
 
@@ -978,8 +1054,15 @@ def join(real: ad.AnnData, synth: ad.AnnData | Sequence[ad.AnnData], *, key: str
     draws = [synth] if isinstance(synth, ad.AnnData) else list(synth)
     if not draws or not all(isinstance(draw, ad.AnnData) for draw in draws):
         raise InputError("synth must be an AnnData of drawn cells, or a list of them")
+    if not isinstance(real, ad.AnnData):
+        raise InputError(f"real must be an AnnData, got {type(real).__name__}")
+    if "model" in real.uns.get("scld", {}):
+        raise InputError("real holds cells that a model drew; give join(real, synth)")
     if key in real.obs:
         raise InputError(f"real.obs has a column {key!r} already; give another name with key=")
+    if twice := len(draws) - len({(str(about.get("model")), about.get("seed"), str(about.get("label"))) if "seed" in about else i
+                                  for i, about in enumerate(draw.uns.get("scld", {}) for draw in draws)}):
+        warnings.warn(f"{twice} of {len(draws)} draws share model, seed and label with another one, and so noise or all cells; give each its own seed", stacklevel=2)
     genes = real.var_names[real.var_names.isin(draws[0].var_names)]
     parts = []
     for name, cells in (("real", real), *(("synthetic", draw) for draw in draws)):
@@ -990,6 +1073,9 @@ def join(real: ad.AnnData, synth: ad.AnnData | Sequence[ad.AnnData], *, key: str
         about, obs = cells.uns.get("scld", {}), cells.obs.copy()
         for column in {str(draw.uns["scld"]["labels_key"]) for draw in draws if "labels_key" in draw.uns.get("scld", {})} & set(obs):
             obs[column] = pd.Categorical(obs[column]).rename_categories(str)
+        if name == "synthetic":
+            labels = str(about.get("labels_key"))
+            obs = obs.rename(columns={c: f"scld_{c}" for c in ("condition", "omega", "score") if c != labels and c in real.obs})
         for column in obs.select_dtypes(bool):
             obs[column] = obs[column].astype("boolean")        # which knows of missing values
         counts = counts_matrix(cells, layer=None if about else layer)[:, cells.var_names.get_indexer(genes)]

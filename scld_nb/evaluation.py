@@ -21,6 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
+from scipy.stats import chi2_contingency
 from tqdm import tqdm
 
 from .data import TARGET_SUM, InputError, _check_values, counts_matrix
@@ -138,8 +139,11 @@ def expression(
         where = adata.var_names.get_indexer(list(genes))
         if (where < 0).any():
             lost = [str(g) for g, at in zip(genes, where) if at < 0]
+            if len(lost) == len(where):
+                raise InputError(f"{name} has none of the genes ({lost[0]!r}, in {name} {str(adata.var_names[0])!r}): symbols on one side and ids on the other?")
             some = ", ".join(lost[:3] + ["..."] * (len(lost) > 3))
-            raise InputError(f"{name} lacks {len(lost)} of {len(where)} genes ({some}): evaluate cells with the same genes")
+            raise InputError(f"{name} lacks {len(lost)} of {len(where)} genes ({some}): evaluate cells with the same genes, "
+                             f"as real[:, real.var_names.isin({name}.var_names)] has them")
         matrix = matrix[:, where]
     values = matrix.data if sp.issparse(matrix) else matrix
     if bad := int((~np.isfinite(values)).sum()):
@@ -323,12 +327,20 @@ def _checksum(*parts: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def _row_keys(matrix) -> list[bytes]:
+    "A short hash of each row; equal rows have equal ones."
+    keys = []
+    for rows in range(0, matrix.shape[0], 4096):
+        part = sp.csr_matrix(matrix[rows:rows + 4096], dtype=np.float32)
+        part.sort_indices()
+        columns, ends = part.indices.astype(np.int64), part.indptr
+        keys += [hashlib.blake2b(columns[i:j].tobytes() + part.data[i:j].tobytes(), digest_size=16).digest() for i, j in zip(ends, ends[1:])]
+    return keys
+
+
 def _repeated(matrix) -> int:
     "Rows that are equal to an earlier one."
-    matrix = sp.csr_matrix(matrix)
-    matrix.sort_indices()
-    ends = matrix.indptr
-    return matrix.shape[0] - len({(matrix.indices[i:j].tobytes(), matrix.data[i:j].tobytes()) for i, j in zip(ends, ends[1:])})
+    return matrix.shape[0] - len(set(_row_keys(matrix)))
 
 
 def _in_space(matrix, space: str):
@@ -396,6 +408,8 @@ def _flag(control: float | None, n: int) -> str | None:
 
 def _labels(adata: ad.AnnData, key: str, name: str) -> np.ndarray:
     "A column of labels as text."
+    if not isinstance(key, str):
+        raise InputError(f"labels_key must be the name of one column of obs, got {key!r}")
     if key not in adata.obs:
         raise InputError(f"{name}.obs has no column {key!r}: it has {', '.join(map(str, adata.obs.columns)) or 'none'}")
     if missing := int(adata.obs[key].isna().sum()):
@@ -750,6 +764,9 @@ def _dense_columns(matrix, columns) -> np.ndarray:
 # %% ../nbs/10_evaluation.ipynb #c045
 def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, alone: bool) -> None:
     "Refuse what could only fail later."
+    for name, cells in (("real", real), ("train", train)):
+        if cells is not None and "model" in cells.uns.get("scld", {}):
+            raise InputError(f"{name} holds cells that a model drew: the order is evaluate(real, synth, train=...)")
     if not spaces or set(spaces) - set(SPACES):
         raise InputError(f"spaces is {spaces}: choose from {', '.join(SPACES)}")
     if n_trees < 1:
@@ -763,6 +780,35 @@ def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, se
         raise InputError(f"train has {train.n_obs} cells: give at least 5, or None")
 
 # %% ../nbs/10_evaluation.ipynb #c046
+def _proportions(labels: dict, key: str) -> list[str]:
+    "Sentences on labels that come in other proportions among synthetic cells than among real ones, beyond chance."
+    table = pd.DataFrame({k: pd.Series(labels[k]).value_counts() for k in ("real", "synthetic")}).fillna(0.0)
+    share = table / table.sum()
+    gap, found = share["synthetic"] - share["real"], []
+    far = 0.5 * float(gap.abs().sum())
+    if far > 0.1 and chi2_contingency(table.to_numpy()).pvalue < 1e-3:
+        most = gap.abs().idxmax()
+        found.append(f"labels come in other proportions: {most} is {share['real'][most]:.0%} of the real and {share['synthetic'][most]:.0%} of the synthetic cells; what is "
+                     f"measured of all cells together measures that too; draw as many of each as there are, model.sample(real.obs[{key!r}].value_counts()), or compare one label")
+    lacking = table.index[table["synthetic"] == 0]
+    if (left := float(share["real"][lacking].sum())) > 0.01:
+        found.append(f"{left:.0%} of the real cells have labels that no synthetic cell has: {', '.join(map(str, lacking[:5]))}{', ...' * (len(lacking) > 5)}")
+    return found
+
+
+def _origins(real, groups: dict, rows: dict) -> list[str]:
+    "Sentences on real cells that are not held out, and on synthetic cells that are real ones."
+    found, n = [], len(rows["synthetic"])
+    if real.uns.get("scld_data", {}).get("split", {}).get("part") == "train":
+        found.append("the real cells are the training part of a split: cells that the model has seen make synthetic cells look better than they are; give the test part")
+    keys = {k: _row_keys(part if k != "synthetic" else part[rows[k]]) for k, part in groups.items() if part is not None}
+    for name in ("real", "train"):
+        same = set(keys.get(name, ()))
+        if (shared := sum(key in same for key in keys["synthetic"])) > 0.01 * n:
+            found.append(f"{shared} of {n} synthetic cells equal one of the {'real' if name == 'real' else 'training'} cells in every gene: were files mixed up?")
+    return found
+
+
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
     "All groups in counts20k over the genes of `real`, and their labels."
     genes = list(real.var_names)
@@ -939,6 +985,9 @@ def evaluate(
     SCLD, Tables 3 and 5.
     """
     spaces = [spaces] if isinstance(spaces, str) else list(spaces)
+    for name, value in (("seed", seed), ("n_max", n_max), ("n_judge", n_judge), ("n_trees", n_trees)):
+        if not isinstance(value, int | np.integer) and (value is not None or name == "seed"):
+            raise InputError(f"{name} must be a whole number, got {value!r}")
     alone = train is None and not (isinstance(controls, dict) and controls.get("train") is not None)
     real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, alone=alone, key=labels_key, layer=layer)
     n = min(real.n_obs // 2 if alone else real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
@@ -960,6 +1009,8 @@ def evaluate(
     twice = {k: _repeated(groups[k][r]) for k, r in rows.items()}
     if twice["synthetic"] > twice["real"] + 0.01 * n:
         notes.append(f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells")
+    doubts = _origins(real, groups, rows) + (_proportions(labels, labels_key) if labels_key is not None else [])
+    notes += doubts
     if controls is not None:
         made_from = {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees, "real": _fingerprint(groups["real"])}
         if train is not None:
@@ -1010,7 +1061,7 @@ def evaluate(
         details["correlation"]["genes"] = [genes[g] for g in details["correlation"]["genes"]]
     settings = {
         **names, "n": n, "n_max": n_max, "n_judge": n_judge, "suite": suite, "n_trees": n_trees, "spaces": spaces, "labels_key": labels_key,
-        "min_cluster": min_cluster, "n_pcs": 50, "folds": 5, "mmd_weight": 1.0,
+        "min_cluster": min_cluster, "doubts": doubts, "cells": {k: int((labels["real"] == k).sum()) for k in sorted(set(labels["real"]))} if labels else {}, "n_pcs": 50, "folds": 5, "mmd_weight": 1.0,
         "bandwidth": {s: controls["spaces"][s]["bandwidth"] for s in spaces},
     }
     return Report(records, controls, notes, settings, details=details, _groups=sample)

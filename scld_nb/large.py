@@ -37,7 +37,9 @@ from scld_nb.data import (
     _one_line,
     _quiet,
     _versions,
+    doubts,
     file_sha256,
+    not_h5ad,
     split,
 )
 from .files import replacing
@@ -66,6 +68,8 @@ def open_h5ad(path: str | Path) -> h5py.File:
         If there is no such file, or it is not HDF5 or cut off.
     """
     path = Path(path).expanduser()
+    if way := not_h5ad(path):
+        raise InputError(f"{path}: {way}")
     if not path.is_file():
         raise InputError(f"no such file: {path}; give the path of an .h5ad file with counts")
     try:
@@ -371,6 +375,10 @@ class DiskCells:
         there = self.counts._file["obs"]
         return list(dict.fromkeys([*self.known, *(str(c) for c in there.attrs.get("column-order", ()))]))
 
+    def feature_types(self) -> np.ndarray | None:
+        """Column "feature_types" of ``var`` for all features of the file, if there is one."""
+        return np.asarray(read_elem(self.counts._file["var/feature_types"])) if "var/feature_types" in self.counts._file else None
+
     def obs(self, *keys: str) -> pd.DataFrame:
         """Some columns of ``obs``; the index only counts.
 
@@ -522,12 +530,15 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
                          f"with labels= (--labels); columns there: {', '.join(cells.columns) or 'none'}")
     named = _label_column(cells.obs(key), key)
     expressed, seen = np.zeros(cells.n_obs, dtype=np.int64), np.zeros(cells.n_vars, dtype=np.int64)
+    by_cell, by_gene = np.zeros(cells.n_obs), np.zeros(cells.n_vars)
     for some_rows, part in cells.counts.slices():
         _check_values(part.data, cells.counts.slot)
         some = part.data > 0
         expressed[some_rows] = np.diff(np.concatenate([[0], np.cumsum(some)])[part.indptr])
         passed = np.repeat(expressed[some_rows] >= min_genes, np.diff(part.indptr))
         seen += np.bincount(part.indices[some & passed], minlength=cells.n_vars)
+        by_cell[some_rows] = np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
+        by_gene += np.bincount(part.indices, weights=part.data, minlength=cells.n_vars)
     rows, genes = np.flatnonzero(expressed >= min_genes), np.flatnonzero(seen >= min_cells)
     if not len(rows) or not len(genes):
         raise InputError(f"no cell has at least {min_genes} genes or no gene at least {min_cells} cells: nothing is left of "
@@ -539,6 +550,8 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
     if len(rows) < cells.n_obs:
         warnings.warn(f"{cells.n_obs - len(rows)} of {cells.n_obs} cells are left out, they have fewer than {min_genes} genes; of genes seen in "
                       f"fewer than {min_cells} cells {cells.n_vars - len(genes)} of {cells.n_vars}", stacklevel=2)
+    for doubt in doubts(by_cell[rows], by_gene, cells.feature_types()):
+        warnings.warn(doubt, stacklevel=2)
     out = cells.take(None if len(rows) == cells.n_obs else rows, None if len(genes) == cells.n_vars else genes)
     named = named[rows].remove_unused_categories()
     return replace(out, known={key: named}, uns={"scld_data": facts})
@@ -706,13 +719,14 @@ class CellWriter:
         self._grow(self._file["X/indptr"], [0])
         self._array("obs/_index", h5py.string_dtype(), chunk=4096)
         self._categories: dict[str, dict] = {}
+        self._seen: dict[str, set] = {}
         self._agreed: dict[str, tuple | None] = {}
         for name in self._columns:
             column = _as_stored(adata.obs[name])
             if isinstance(column.dtype, pd.CategoricalDtype):
                 self._file.create_group(f"obs/{name}")
                 self._array(f"obs/{name}/codes", np.dtype(np.int32))
-                self._categories[name], self._agreed[name] = {}, tuple(column.cat.categories)
+                self._categories[name], self._seen[name], self._agreed[name] = {}, set(), tuple(column.cat.categories)
             elif column.dtype.kind in "fiub":
                 self._array(f"obs/{name}", column.dtype)
             else:
@@ -742,6 +756,7 @@ class CellWriter:
             if tuple(column.cat.categories) != self._agreed[name]:
                 self._agreed[name] = None
             own = self._categories[name]
+            self._seen[name].update(column.dropna().unique())
             number = np.array([own.setdefault(c, len(own)) for c in column.cat.categories] + [-1], dtype=np.int32)
             self._grow(self._file[f"obs/{name}/codes"], number[column.cat.codes.to_numpy()])
         self.n_obs, self.nnz = self.n_obs + x.shape[0], self.nnz + x.nnz
@@ -770,9 +785,9 @@ class CellWriter:
 
     def _put_categories(self, name: str) -> None:
         group, own, agreed = self._file[f"obs/{name}"], self._categories[name], self._agreed[name]
-        final = sorted(own) if agreed is None else list(agreed)
+        final = [c for c in (sorted(own) if agreed is None else agreed) if c in self._seen[name] or not self._seen[name]]
         place = {c: i for i, c in enumerate(final)}
-        number = np.array([place[c] for c in own] + [-1], dtype=np.int32)
+        number = np.array([place.get(c, -1) for c in own] + [-1], dtype=np.int32)
         codes = group["codes"]
         for start in range(0, len(codes), 2**20):
             codes[start:start + 2**20] = number[codes[start:start + 2**20]]

@@ -31,7 +31,7 @@ from scipy import sparse
 from . import __version__
 from .autoencoder import Autoencoder, encode_cells, fit_latent_statistics, fit_latent_statistics_on_disk
 from .counts import DISPERSIONS, HEADS, CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
-from .data import CellReader, InputError, TARGET_SUM, _check_few, counts_matrix, file_sha256
+from .data import CellReader, InputError, TARGET_SUM, _check_few, counts_matrix, doubts_about, file_sha256
 from .distributed import placed, this_team
 from .files import replacing
 from .gpu import rows_at_once, sparse_rows
@@ -467,6 +467,8 @@ class _Parts:
         else:
             counts = counts_matrix(cells, layer=layer).copy()  # what is done to adata afterwards must not change what is learned
             reader = CellReader(counts, **self._space())
+            for doubt in [] if "scld_data" in cells.uns else doubts_about(counts, cells.var):      # `load` has spoken already
+                warnings.warn(doubt, stacklevel=3)
         self._reader: CellReader | None = reader
         self.history: dict[str, dict] = {}
         self.fingerprint = self._fingerprint(counts)
@@ -735,7 +737,7 @@ class _Samples(_Draws):
         -------
         Cells with the training genes; ``X`` is sparse: int32 counts, or with ``head="mse"`` expression at the scale named in
         ``uns["scld"]["scale"]``;
-        ``obs`` holds the label (missing for holistic cells), condition, omega and score.
+        ``obs`` holds the label (missing for holistic cells; categories are those drawn), condition, omega and score.
         Several processes (chapter on distributed training) must all call this; they share the work, and the main one gets the
         same cells as a process alone, the others ``None``.
 
@@ -746,10 +748,14 @@ class _Samples(_Draws):
             trained.
         """
         n, m = self._numbers(n, label, omega)
-        return self._sample(
+        out = self._sample(
             n, label, omega=omega, sampler=sampler, sampling_steps=sampling_steps, keep=keep, seed=seed, batch_size=batch_size,
             stream=stream, progress=progress, m=m,
         )
+        key = "" if out is None else out.uns["scld"]["labels_key"]
+        if out is not None and out.obs[key].notna().any():     # as AnnData does it for a part: functions of scanpy go through all categories
+            out.obs[key] = out.obs[key].cat.remove_unused_categories()
+        return out
 
     def _numbers(self, n: int | Mapping[str, int], label: str | None, omega: float) -> tuple[int, np.ndarray | None]:
         """Cells altogether, and of each label if that was asked for."""
@@ -878,7 +884,7 @@ class _SamplesInChunks(_Samples):
 
         Yields
         ------
-        Cells as `sample` gives them, named on from chunk to chunk.
+        Cells as `sample` gives them, named on from chunk to chunk; the label has all categories in each.
 
         Raises
         ------
@@ -1080,7 +1086,7 @@ class _Learns(_SamplesInChunks):
                 self.autoencoder, self._encoder_reader(reader), steps=ae_steps, checkpoint=file("autoencoder"),
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
             )
-            self._note("autoencoder", done, keep_partial, common["budget_s"])
+            self._note("autoencoder", done, keep_partial, common["budget_s"], f"{max_steps} steps of the denoiser")
         common["basis"] = team.on_main(lambda: _weights_hash(self.autoencoder))      # as they were learned: what follows rounds as the device does
         latents, spread = self._latents(reader, folder)
         if c.standardize == "none" and not isinstance(reader, DiskReader):
@@ -1101,8 +1107,8 @@ class _Learns(_SamplesInChunks):
             checkpoint=file("denoiser"),
             **common,
         )
-        self._note("denoiser", done, keep_partial, common["budget_s"])
-        if scorer and not done.interrupted:
+        self._note("denoiser", done, keep_partial, common["budget_s"], "the Scorer" if scorer else "")
+        if scorer:
             self._train_scorer(reader, sampling_steps, progress)
         return self
 
@@ -1172,7 +1178,7 @@ class _Learns(_SamplesInChunks):
         self.autoencoder.load_state_dict(weights)
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
-    def _note(self, stage: str, done: FitResult, keep_partial: bool, budget_s: float | None) -> None:
+    def _note(self, stage: str, done: FitResult, keep_partial: bool, budget_s: float | None, following: str) -> None:
         if done.interrupted and not keep_partial:
             raise KeyboardInterrupt(f"{stage} was interrupted at step {done.step}")
         self.history[stage] = {
@@ -1184,7 +1190,8 @@ class _Learns(_SamplesInChunks):
         } | ({} if budget_s is None else {"budget_s": budget_s})
         if done.interrupted:
             warnings.warn(
-                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept", stacklevel=3
+                f"{stage} was interrupted at step {done.step}; the weights reached so far are kept"
+                + (f"; next: {following} (Ctrl-C again ends that too)" if following else ""), stacklevel=3
             )
 
     def _train_scorer(self, reader: CellReader, steps: int | None, progress: bool | None) -> None:

@@ -57,6 +57,7 @@ from scld_nb.data import (
     split,
     table2,
 )
+from scld_nb.large import load_on_disk
 
 
 @pytest.fixture(autouse=True)
@@ -891,7 +892,7 @@ def test_files_that_are_not_h5ad(own_file, tmp_path):
     with pytest.raises(InputError) as caught:
         load(tmp_path / "none.h5ad")
     assert one_line(caught).startswith("no such file: ")
-    for name, content in {"cut.h5ad": own_file.read_bytes()[:3000], "text.h5ad": b"hello", "table.csv": b"a,b\n1,2\n"}.items():
+    for name, content in {"cut.h5ad": own_file.read_bytes()[:3000], "text.h5ad": b"hello", "table": b"a,b\n1,2\n"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError) as caught:
             load(tmp_path / name)
@@ -937,7 +938,8 @@ def test_split_depends_on_the_seed_and_copies(embedded):
     assert list(test.obs["louvain"].value_counts(sort=False)) == [26, 24, 23, 14, 13, 10, 8, 7, 6, 3, 2]
     test.X.data[:] = 0
     assert embedded.X.sum() > 0 and "split" not in embedded.obs and "split" not in embedded.uns["scld_data"]
-    assert train.uns["scld_data"]["split"] == {"seed": 0, "stratify": "louvain", "n_train": 564, "n_valid": 0, "n_test": 136}
+    assert train.uns["scld_data"]["split"] == {"seed": 0, "stratify": "louvain", "n_train": 564, "n_valid": 0, "n_test": 136, "part": "train"}
+    assert test.uns["scld_data"]["split"]["part"] == "test"
 
 
 def test_split_without_labels():
@@ -1255,3 +1257,90 @@ def test_joined_counts_come_from_the_layer_that_is_named():
     del real.layers["umi"]
     with pytest.raises(InputError, match="1 genes, e.g. 'gene0', are not in all cells"):
         data.join(fake, [fake[:, 1:], fake])
+
+
+# ---------------------------------------------------------------- what people bring
+
+def test_cells_in_memory_are_loaded_as_those_of_a_file(own_file):
+    raw = ad.read_h5ad(own_file)
+    before = raw.copy()
+    with pytest.warns(UserWarning, match="are left out"):
+        a, b = load(raw, labels="kind"), load(own_file, labels="kind")
+    assert (a.X != b.X).nnz == 0 and a.obs["kind"].equals(b.obs["kind"]) and list(a.var_names) == list(b.var_names)
+    assert raw.obs.equals(before.obs) and raw.shape == before.shape and "scld_data" not in raw.uns
+    other = raw.copy()
+    other.X[0, 0] += 1
+    with pytest.warns(UserWarning, match="are left out"):
+        assert len({part.uns["scld_data"]["sha256"] for part in (a, load(raw, labels="kind"), load(other, labels="kind"))}) == 2
+    assert a.uns["scld_data"]["file"] == "" and split(a, seed=0)[1].n_obs > 0
+
+
+@pytest.mark.parametrize("name, way", [
+    ("x.zarr", "read_zarr"), ("x.h5", "read_10x_h5"), ("x.loom", "read_loom"), ("x.csv", "read_csv"), ("x.mtx", "read_mtx"), ("x.h5ad.gz", "unpack"), ("x.rds", "anndataR")])
+def test_files_of_other_kinds_are_recognised(tmp_path, name, way):
+    (tmp_path / name).write_bytes(b"x")
+    for opened in (lambda path: load(path), lambda path: load(str(path)), load_on_disk):
+        with pytest.raises(InputError, match=way) as caught:
+            opened(tmp_path / name)
+        assert name in one_line(caught)
+
+
+def test_a_folder_of_cell_ranger_is_recognised(tmp_path):
+    (tmp_path / "matrix.mtx.gz").write_bytes(b"")
+    with pytest.raises(InputError, match="read_10x_mtx"):
+        load(tmp_path)
+    assert data.not_h5ad(tmp_path / "none.loom") == "" == data.not_h5ad("cells.h5ad")
+
+
+@pytest.mark.parametrize("call", [lambda a: load(3), lambda a: load(a, labels=["kind", "number"]), lambda a: load(a, layer=["X"]), lambda a: split(a, stratify=["kind"])])
+def test_one_thing_at_a_time(own_file, call):
+    with pytest.raises(InputError) as caught:
+        call(ad.read_h5ad(own_file))
+    assert "got " in one_line(caught)
+
+
+def test_doubts_name_what_is_not_a_gene_and_sizes_that_do_not_vary():
+    rng = np.random.default_rng(0)
+    by_cell, by_gene = rng.integers(500, 3000, 100).astype(float), np.array([10.0, 30.0, 60.0])
+    assert data.doubts(by_cell, by_gene) == [] == data.doubts(by_cell, by_gene, ["Gene Expression"] * 3)
+    kinds = data.doubts(by_cell, by_gene, ["Gene Expression", "Gene Expression", "Antibody Capture"])
+    assert len(kinds) == 1 and "1 of 'Antibody Capture' with 60% of the counts, 2 of 'Gene Expression' with 40%" in kinds[0]
+    assert "CPM" in data.doubts(rng.normal(1e6, 200, 100), by_gene)[0] and not data.doubts(np.full(19, 1e6), by_gene)
+
+
+def test_doubts_are_said_whichever_way_cells_come(tmp_path):
+    rng = np.random.default_rng(0)
+    cells = as_adata(rng.poisson(2.0, (60, 40)), kind=np.repeat(["a", "b"], 30))
+    cells.var["feature_types"] = ["Gene Expression"] * 39 + ["Antibody Capture"]
+    cells.write_h5ad(tmp_path / "x.h5ad")
+    for loaded in (lambda: load(cells, labels="kind"), lambda: load(tmp_path / "x.h5ad", labels="kind"), lambda: load_on_disk(tmp_path / "x.h5ad", labels="kind")):
+        with pytest.warns(UserWarning, match="1 of 'Antibody Capture'"):
+            loaded()
+
+
+def test_clusters_that_nobody_asked_for_are_announced(own_file):
+    with pytest.warns(UserWarning, match=r"no labels were named, so \d+ Louvain clusters are computed; columns of obs .*: kind, number"):
+        load(own_file)
+
+
+def test_a_column_split_of_the_users_is_not_replaced_in_silence():
+    cells = as_adata(np.ones((20, 3)), split=["fit", "holdout"] * 10)
+    with pytest.warns(UserWarning, match=r"obs\['split'\] is replaced"):
+        train, _ = split(cells)
+    assert set(cells.obs["split"]) == {"fit", "holdout"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split(train)                                           # a part divided again
+
+
+def test_joined_columns_of_two_meanings_stay_apart():
+    real = as_adata(np.ones((4, 3)), condition=["ctrl", "stim"] * 2, cell_type=["a"] * 4)
+    draw = as_adata(np.ones((3, 3)), condition=["a"] * 3, cell_type=["a"] * 3, score=[0.1, 0.2, 0.3])
+    draw.uns["scld"] = {"scale": "counts", "labels_key": "cell_type", "model": "m", "seed": 0, "label": "a"}
+    both = data.join(real, draw)
+    assert set(both.obs["condition"].dropna()) == {"ctrl", "stim"} and both.obs["condition"].isna().sum() == 3
+    assert both.obs["scld_condition"].dropna().tolist() == ["a"] * 3 and both.obs["score"].notna().sum() == 3
+    with pytest.raises(InputError, match="cells that a model drew"):
+        data.join(draw, real)
+    with pytest.warns(UserWarning, match="1 of 2 draws share model, seed and label"):
+        data.join(real, [draw, draw])
