@@ -207,3 +207,40 @@ def test_bars_of_hours_are_hatched_where_extrapolated():
     assert not training_times(frame.iloc[:1]).axes[0].get_title(loc="left")
     with pytest.raises(InputError, match="the table lacks sd, measured"):
         training_times(frame[["method", "hours"]])
+
+
+def test_each_cluster_has_its_own_spread_and_its_own_share():
+    frame = pd.DataFrame({"omega": [0, 0, 1, 1] * 2, "purity": [0.4, 0.6, 0.9, 0.9, 0.1, 0.1, 0.2, 0.6], "cluster": list("aaaabbbb"), "base_rate": [0.2] * 4 + [0.3] * 4})
+    axes = omega_curve(frame).axes[0]
+    spreads = [np.ptp(segment[:, 1]) / 2 for bar in axes.containers for segment in bar.lines[2][0].get_segments()]
+    assert np.allclose(spreads, [np.std([0.4, 0.6], ddof=1), 0, 0, np.std([0.2, 0.6], ddof=1)])
+    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [0.2, 0.3]
+
+
+def test_a_method_has_the_same_line_in_every_panel():
+    frame = pd.DataFrame({"group": ["AUC", "AUC", "MMD"], "method": ["SCLD", "Random", "Random"], "ours": [0.7, 1.0, 0.5], "sd": [0.02, 0.0, 0.1], "paper": [0.65, 1.0, 0.7]})
+    left, right = paper_vs_ours(frame, best=0.5).axes
+    ours = next(line for line in right.get_lines() if line.get_marker() == "o")
+    assert list(ours.get_ydata()) == [1] and [t.get_text() for t in left.get_yticklabels()][1] == "Random"
+    assert np.ptp(right.containers[0].lines[2][0].get_segments()[0][:, 0]) == pytest.approx(2 * 0.1)
+    assert all(next(line for line in axes.get_lines() if line.get_linestyle() == ":").get_xdata()[0] == 0.5 for axes in (left, right))
+
+
+def test_the_first_method_is_the_top_bar_and_says_its_hours():
+    axes = training_times(pd.DataFrame({"method": ["SCLD", "SC-GAN"], "hours": [0.4, 40.0], "sd": [0.1, np.nan], "measured": [True, False]})).axes[0]
+    top = max(axes.patches, key=lambda bar: bar.get_y())
+    assert top.get_width() == 0.4 and max(axes.texts, key=lambda text: text.get_position()[1]).get_text() == "0.4 h"
+
+
+def test_both_controls_stand_beside_each_area():
+    axes = auc_figure(report_of().to_frame()).axes[0]
+    shuffled = next(line for line in axes.get_lines() if line.get_marker() == "x")
+    assert shuffled.get_xdata()[0] == 0.99 and np.isnan(shuffled.get_xdata()[1])
+    assert axes.get_ylim()[0] > axes.get_ylim()[1] and axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 1      # first line on top, every area in sight
+
+
+def test_a_saved_map_is_coloured_by_label(coords, tmp_path):
+    plain = {"real": coords[0].tolist(), "synthetic": coords[1].tolist()}
+    save_report(report_of(plain), tmp_path / "plain")
+    save_report(report_of(plain | {"real_labels": ["a"] * 30, "synthetic_labels": ["a"] * 20}), tmp_path / "labels")
+    assert (tmp_path / "plain" / "tsne.png").read_bytes() != (tmp_path / "labels" / "tsne.png").read_bytes()
