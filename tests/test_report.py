@@ -185,3 +185,57 @@ def test_in_a_real_browser(found, page, tmp_path):
     assert len(seen["images"]) == 4 and all(width > 600 for width in seen["images"])
     assert seen["rows"] == len(re.findall("<tr>", page)) - page.count("<thead>") and seen["requests"] == []
     assert not seen["wide"] and seen["dot"] != "0px"
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def test_the_hardest_judge_is_named_with_its_control():
+    judges = [record("rf_auc", 0.6, 0.5), record("combined", 0.8, 0.51, space="counts"), record("rf_auc_depth5", 0.9, 0.5), record("strict_forest", 0.7, 0.5)]
+    sentence = "The judge that tells them apart best (judge of everything, counts) has an AUC of 0.800; for real cells against real cells the same judge has 0.510."
+    assert sentence in html_page(Report(judges, {}, [], {}))
+
+
+@pytest.mark.parametrize("metric, bad", [("memorisation", 0.9), ("membership_auc", 0.9), ("copied", 0.9), ("nndr", 0.1)])
+def test_one_sign_of_copying_is_enough(metric, bad):
+    good = {"memorisation": 0.5, "membership_auc": 0.5, "copied": 0.05, "nndr": 0.9}
+    pages = [html_page(Report([record(m, v, good[m]) for m, v in (good | change).items()], {}, [], {})) for change in ({}, {metric: bad})]
+    assert "No sign of" in pages[0] and "may lie close" in pages[1] and "No sign of" not in pages[1]
+
+
+def test_a_row_has_value_real_and_shuffled_in_this_order_and_a_mark_where_the_control_is_off():
+    page = text_of(html_page(Report([record("rf_auc", 0.61, 0.55, negative=0.99, sd=0.02, flag="control 0.550 outside")], {}, [], {"n": 1234})))
+    assert "0.610 ± 0.020 0.550 † 0.990 log1p 50" in page and "1,234 cells a side" in page
+    assert "†" not in text_of(html_page(Report([record("rf_auc", 0.61, 0.5)], {}, [], {}))).replace("A † marks", "")
+
+
+def test_label_by_label_is_the_log_space_with_the_control_in_brackets():
+    records = [record("rf_auc", 0.5, 0.5), record("rf_auc", 0.9, 0.91, cluster="<i>B", space="counts20k"), record("rf_auc", 0.71, 0.52, cluster="<i>B", negative=0.99)]
+    page = html_page(Report(records, {}, [], {}))
+    assert "<i>B" not in page and "&lt;i&gt;B" in page
+    assert "0.710 (0.520)" in re.sub(r"\( ", "(", text_of(page).split("Label by label")[1]) and "0.900" not in page
+
+
+def test_names_of_measures_are_text():
+    assert "<i>mine" not in html_page(Report([record("<i>mine", 1.0, 2.0)], {}, [], {}))
+
+
+def test_what_the_pictures_of_the_suite_show(found):
+    genes = found.details["genes"]
+    for axes, column in zip(gene_figure(found.details).axes, ("variance", "zeros")):
+        for drawn, name in zip(axes.collections, ("real", "synthetic")):
+            mean, values = np.array(genes[name]["mean"]), np.array(genes[name][column])
+            some = (mean > 0) & (values > 0) if column == "variance" else mean > 0
+            assert drawn.get_label() == name and np.allclose(drawn.get_offsets(), np.c_[mean, values][some])
+    low, high = correlation_figure(found.details).axes[0].images[0].get_clim()
+    assert low == -high and 0.2 <= high <= 1
+    flat = {"correlation": {"genes": ["a", "b"], "real": np.eye(2), "synthetic": np.eye(2)}}
+    assert correlation_figure(flat).axes[0].images[0].get_clim() == (-0.2, 0.2)
+    near, far = distance_figure(found.details).axes[0].patches
+    assert list(near.get_data().values) == found.details["distances"]["train"] and "training" in near.get_label()
+    assert list(far.get_data().values) == found.details["distances"]["heldout"] and "held-out" in far.get_label()
+
+
+def test_the_short_ending_is_accepted(tmp_path):
+    assert write_html(Report([record("rf_auc", 0.6, 0.5)], {}, [], {}), tmp_path / "page.htm").exists()
