@@ -96,3 +96,43 @@ def test_a_judgement_is_drawn_out_to_the_trees_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(pl.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(pl, "compare", lambda *a, n_trees, **o: clock.__setitem__(0, clock[0] + 5 + n_trees / 2))
     assert pl._judgement(make_study(tmp_path, n_trees=100)) == pytest.approx(2 * (5 + 100 / 2))
+
+
+def test_nobody_trains_longer_than_published(tmp_path):
+    rows = {"tables": ["3"], "figures": [], "methods": ["scgan"], "speed": SPEED | {"scgan": 1e-6}}
+    for change in ({"budget_s": 20}, {"budget": "equal"}):
+        assert pl.plan(make_study(tmp_path, **change), **rows).loc["train scgan", "seconds each"] == 1.0       # a million steps
+
+
+def test_only_what_a_row_needs_is_trained(tmp_path):
+    def work(**asked):
+        return list(pl.plan(make_study(tmp_path, budget="equal"), **({"tables": ["3"], "figures": []} | asked)).index)
+
+    assert work(methods=["positive"]) == ["judge table3", "all"]
+    assert work(methods=["random"]) == ["train random", "judge table3", "all"]           # does not train: no time of SCLD's is its measure
+    assert "train SCLD (none)" not in work(tables=[], figures=["4"])
+
+
+def test_a_row_that_two_tables_share_is_judged_once(tmp_path):
+    table = pl.plan(make_study(tmp_path), tables=["3", "4"], figures=[], methods=["scld_pre"])
+    assert table.loc["judge table3", "runs to do"] == 2
+
+
+def test_a_finished_figure_5_is_found(tmp_path):
+    study = make_study(tmp_path)
+    study.run("figure5", "omega-cluster4", 1, lambda: {"records": []})
+    table = pl.plan(study, tables=[], figures=["5"])
+    assert table.loc["judge figure5", ["runs to do", "runs found"]].tolist() == [1, 1] and table.loc["train SCLD (add)", "runs to do"] == 1
+
+
+def test_figure_5_draws_three_times_the_cells_and_figure_4_only_reads(tmp_path):
+    study = make_study(tmp_path)
+    drawn = pl._judge_seconds(study, "table3", SPEED) - 2
+    assert pl._judge_seconds(study, "figure5", SPEED) == pytest.approx(2 + 3 * drawn, abs=0.2) and pl._judge_seconds(study, "figure4", SPEED) == 0
+
+
+def test_the_count_head_has_steps_of_its_own(tmp_path):
+    study = make_study(tmp_path, steps=None)
+    stages = pl.count_autoencoder_steps(study.train.n_obs) * 0.5 + study.budget.count_steps * 1.0
+    assert pl._train_seconds(study, "counts", SPEED) == pytest.approx(stages + study.train.n_obs * 3 * 0.001, abs=0.06)
+    assert stages != study.budget.ae_steps * 0.5 + study.budget.steps
