@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from conftest import planted_cells
 
 from scld_nb import experiments as ex
 
@@ -86,3 +87,116 @@ def test_both_stages_count_in_what_is_cut(cells):
     assert ex._scld_cost(model, False)["cut"] == ""
     history["autoencoder"]["steps"] = 5
     assert ex._scld_cost(model, False)["cut"] == "20,005 of 40,000 steps"
+
+
+def test_a_model_is_found_only_for_the_same_training(tmp_path):
+    def found(*, seed=0, fingerprint="f", scorer=False, budget_s=None, steps=(5, 5), clock=None, kept=None):
+        history = {"denoiser": {"steps": 5, "budget_s": clock}, "autoencoder": {"steps": 5}} | (kept or {})
+        ex.write_json(tmp_path / "config.json", {"fingerprint": "f", "seed": 0, "history": history})
+        return ex._is_trained(tmp_path, SimpleNamespace(fingerprint=fingerprint, seed=seed), steps, scorer, budget_s)
+
+    assert found() and not found(seed=1) and not found(fingerprint="g") and not found(steps=(5, 6)) and not found(steps=(6, 5))
+    assert not found(scorer=True) and found(scorer=True, kept={"scorer": {}})
+    assert found(budget_s=4, clock=2.0, steps=(9, 9)) and not found(budget_s=6, clock=2.0, steps=(9, 9))
+    assert not found(budget_s=4, clock=2.0, steps=(4, 9)) and not found(clock=2.0)
+
+
+def test_genes_of_a_study_are_chosen_on_training_cells_and_empty_cells_go():
+    train, one, two = (planted_cells(200, 60, seed=s) for s in (1, 2, 3))
+    kept = ex.variable_genes(train, one, 10)[0].var_names
+    assert list(kept) == list(ex.variable_genes(train, two, 10)[0].var_names) != list(ex.variable_genes(two, train, 10)[0].var_names)
+    alone = two.copy()
+    alone.X = sp.csr_matrix(alone.X.toarray() * ~(np.isin(alone.var_names, kept)[None, :] & (np.arange(200) < 7)[:, None]))
+    assert list(ex.variable_genes(train, alone, 10)[1].obs_names) == list(two.obs_names[7:])
+
+
+@pytest.fixture
+def small(tmp_path):
+    return ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, n_trees=4, steps=4, budget=2)
+
+
+def test_ten_test_cells_make_a_cluster(small):
+    whole, is_one = small.test, (small.test.obs["louvain"].astype(str) == "1").to_numpy()
+    for n, wanted in ((10, True), (9, False)):
+        small.test = whole[np.sort(np.r_[np.flatnonzero(~is_one), np.flatnonzero(is_one)[:n]])]
+        assert ("1" in small.clusters()) == wanted
+    assert "2" in small.clusters()
+
+
+def test_a_cluster_is_compared_with_training_cells_of_its_own(small):
+    is_one = (small.train.obs["louvain"].astype(str) == "1").to_numpy()
+    small.train = small.train[np.sort(np.r_[np.flatnonzero(~is_one), np.flatnonzero(is_one)[:8]])].copy()
+    records = small.judge_cluster(small.test[small.test.obs["louvain"].astype(str) == "1"].copy(), "1", "1", 0)
+    assert {(r["n"], r["control_n"]) for r in records} == {(24, 8)}
+
+
+def test_the_control_in_gene_space_is_real_cells_against_other_real_cells(small):
+    assert 0.3 < small.gene_control(0) < 0.7
+
+
+def test_results_of_other_cells_genes_or_budgets_are_others(small, tmp_path):
+    def settings(method="scld", **change):
+        return ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, **({"n_trees": 4, "steps": 4, "budget": 2} | change)).settings(method)
+
+    same = settings()
+    assert same == small.settings() == settings(budget=3)
+    assert all(settings(**change) != same for change in ({"n_max": 50}, {"n_genes": 100}, {"n_trees": 5}, {"steps": 5}, {"hidden": 16}, {"sampling_steps": 3}))
+    assert settings("scgan") != settings("scgan", budget=3) and settings("scgan+scorer") != settings("scgan+scorer", budget=3)
+    assert settings("scld_counts", steps=5) != settings("scld_counts")
+
+
+def lines(values: dict, **more) -> pd.DataFrame:
+    """Two seeds of AUC and MMD in both spaces: {method: {(metric, space): mean}}."""
+    return pd.DataFrame([{"method": m, "seed": seed, "space": space, "metric": metric, "cluster": "all", "n": 50, "value": v + (seed - 0.5) * 0.002, "failed": "", "cut": ""} | more
+                         for m, found in values.items() for (metric, space), v in found.items() for seed in (0, 1)])
+
+
+def of_space(counts: float, logs: float) -> dict:
+    return {(metric, space): v for metric in ex.HEAD for space, v in (("counts20k", counts), ("log1p", logs))}
+
+
+def test_the_paper_is_compared_in_un_logged_space():
+    table = ex.paper_beside(lines({"scld": {("rf_auc", "counts20k"): 0.68, ("rf_auc", "log1p"): 0.99, ("mmd_biased", "counts20k"): 0.82, ("mmd_biased", "log1p"): 2.0}}),
+                            ex.METHODS, ex.PAPER_TABLE3, "brain_small")
+    assert set(table.loc["SCLD", ["verdict AUC", "verdict MMD"]]) == {"reproduced within tolerance"}
+    assert table.loc["SCLD", "AUC counts20k"] == "0.680 ± 0.001" and table.loc["SCLD", "MMD log1p"] == "2.000 ± 0.001"
+
+
+def test_a_small_mmd_is_better_whatever_a_half_is():
+    assert ex.verdict(0.2, 0.0, 0.6, metric="MMD") == "better" and ex.verdict(0.6, 0.0, 0.2, metric="MMD") == "worse"
+
+
+def test_corners_of_the_ablation_are_the_four_versions():
+    table = ex.ablation(lines({m: of_space(0.1 * i, 0.1 * i + 0.05) for i, m in enumerate(("scld", "scld_post", "scld_pre", "scld_both"))}))
+    assert list(table["AUC log1p"].str[:5]) == ["0.050", "0.150", "0.250", "0.350"] and list(table["MMD counts20k"].str[:5]) == ["0.000", "0.100", "0.200", "0.300"]
+    assert list(table.index) == [("without", "without"), ("without", "with"), ("with", "without"), ("with", "with")]
+
+
+def test_mean_and_spread_over_the_seeds_there_are():
+    assert ex.mean_sd(pd.Series([0.5, 0.6, np.nan])) == "0.550 ± 0.071" and ex.mean_sd(pd.Series([0.5])) == "0.500" and ex.mean_sd(pd.Series([np.nan])) == "–"
+
+
+def test_notes_name_the_shortest_and_the_longest_training():
+    found = pd.concat([lines({"scgan": of_space(0.9, 0.9)}).query("seed == @k").assign(cut=f"{n} of 1,000,000 steps") for k, n in ((0, "1,165"), (1, "148"))])
+    assert ex.summarise(found, ex.METHODS).loc["SC-GAN", "note"] == "148 to 1,165 of 1,000,000 steps"
+
+
+def test_figure_4_names_the_fastest_and_hatches_what_was_cut():
+    found = pd.DataFrame([{"method": m, "seed": seed, "value": 9.0, "steps": steps, "steps_published": 100, "hours_published": hours}
+                          for m, steps, hours in (("scld", 100, 2.0), ("scgan", 5, 1.0)) for seed in (0, 1)])
+    assert "not reproduced: scgan trains fastest" in ex.figure4_table(found, "pbmc68k").loc["SCLD", "verdict"]
+    assert "SCLD trains fastest" in ex.figure4_table(found.assign(hours_published=found["hours_published"].replace(2.0, 0.5)), "pbmc68k").loc["SCLD", "verdict"]
+    assert [bar.get_hatch() for bar in ex.draw_figure4(found).axes[0].patches] == ["", "///"]
+
+
+def test_the_paper_stands_in_the_un_logged_panels_unless_no_kernel_allows_it():
+    figure = ex.draw_table3(lines({"splatter": of_space(1.0, 1.0), "scld": of_space(0.6, 0.6)}), "pbmc68k")
+    paper = {axes.get_title(): list(next(line for line in axes.get_lines() if line.get_marker() == "D").get_xdata()) for axes in figure.axes}
+    assert paper["AUC, counts20k"] == [1.0, 0.65] and np.isnan(paper["AUC, log1p"]).all() and np.isnan(paper["MMD, log1p"]).all()
+    assert np.isnan(paper["MMD, counts20k"][0]) and paper["MMD, counts20k"][1] == 0.77
+
+
+def test_figure_5_names_the_share_among_test_cells(asked):
+    study = asked[0]
+    found, panels = ex.figure5(study)
+    assert np.allclose(found["share_in_test"], (study.test.obs["louvain"].astype(str) == "4").mean()) and list(found["n"]) == panels["counts"]
