@@ -560,3 +560,103 @@ def test_a_report_shows_itself_as_a_table(tmp_path):
     (tmp_path / "report.json").write_text('{"format": 1}')
     with pytest.raises(InputError, match="not a report of format 1"):
         Report.load(tmp_path)
+
+
+# --- what earlier tests would not have noticed
+
+
+def test_a_real_cell_without_a_count_stays_empty():
+    real = cells(10)
+    real.X = sp.csr_matrix(real.X.toarray() * (np.arange(10) != 3)[:, None])
+    found = expression(real, "counts20k").toarray().sum(axis=1)
+    assert found[3] == 0 and np.allclose(np.delete(found, 3), 20_000, rtol=1e-4)
+
+
+def test_twins_stay_together_before_the_judges():
+    real = cells(60, seed=1)
+    found = evaluate(real, synthetic(real, "counts", real.X), paired=True, n_judge=20, spaces=["log1p"], negative=False, **QUICK)
+    assert abs(found.value("mmd_unbiased_squared")) < 1e-9 and found.records[0]["n"] == 20
+
+
+def test_a_label_with_just_enough_cells_is_judged(groups):
+    real, fake, _ = groups
+    sizes = pd.DataFrame({k: g.obs["type"].value_counts() for k, g in zip("rf", (real, fake))}).min(axis=1)
+    options = {"labels_key": "type", "spaces": ["log1p"], "negative": False} | QUICK
+    for least, wanted in ((sizes.min(), set(sizes.index)), (sizes.min() + 1, set(sizes.index[sizes > sizes.min()]))):
+        assert {r["cluster"] for r in evaluate(real, synthetic(fake), min_cluster=int(least), **options).records} == wanted | {"all"}
+
+
+def test_a_label_with_few_training_cells_has_a_smaller_control(groups):
+    real, fake, train = groups
+    c = np.flatnonzero(train.obs["type"] == "c")
+    few = train[np.setdiff1d(np.arange(150), c[12:])].copy()
+    found = evaluate(real, synthetic(fake), train=few, labels_key="type", min_cluster=10, spaces=["log1p"], negative=False, **QUICK)
+    record = next(r for r in found.records if r["cluster"] == "c")
+    assert record["n"] > 12 == record["control_n"] and 0 <= record["control"] <= 1
+    assert not record["flag"] or f"null sd {auc_null_sd(12):.3f}" in record["flag"]
+
+
+def test_twins_with_other_labels_are_left_out_of_both():
+    real = cells(120, seed=1)
+    made = synthetic(real, "counts", real.X)
+    made.obs["type"] = np.where(np.arange(120) % 4, real.obs["type"].astype(str), "a")
+    found = evaluate(real, made, paired=True, labels_key="type", min_cluster=10, spaces=["log1p"], negative=False, **QUICK)
+    both = ((real.obs["type"].astype(str) == made.obs["type"]) & (made.obs["type"] == "b")).sum()
+    assert next(r["n"] for r in found.records if r["cluster"] == "b") == both
+
+
+def test_purity_of_real_cells_leaves_out_labels_that_training_cells_lack(groups):
+    real, fake, train = groups
+    real = real.copy()
+    real.obs["type"] = np.where(np.arange(60) < 20, "new", real.obs["type"].astype(str))
+    found = evaluate(real, synthetic(fake), train=train, labels_key="type", spaces=["log1p"], negative=False, **QUICK)
+    record = next(r for r in found.records if r["metric"] == "purity")
+    assert record["control_n"] == 40 and record["control"] > 0.7
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_real_and_training_counts_come_from_the_layer(groups, tmp_path, on_disk):
+    real, fake, train = groups
+    moved = [ad.AnnData(library_normalize(part.X).log1p(), obs=part.obs, var=part.var, layers={"raw": part.X}) for part in (real, train)]
+    wanted = evaluate(real, synthetic(fake), train=train, spaces=["log1p"], negative=False, **QUICK)
+    if on_disk:
+        for part, name in zip(moved, ("real", "train")):
+            part.write_h5ad(tmp_path / f"{name}.h5ad")
+        moved = [tmp_path / "real.h5ad", tmp_path / "train.h5ad"]
+    assert evaluate(moved[0], synthetic(fake), train=moved[1], layer="raw", spaces=["log1p"], negative=False, **QUICK).records == wanted.records
+
+
+def test_known_negative_controls_are_shown_only_where_wanted(groups, report):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake), train=train, controls=report.controls, negative=False, **QUICK)
+    assert all(r["negative"] is None for r in found.records) and any(r["negative"] for r in report.records)
+
+
+def test_the_control_of_few_judged_cells_says_how_many(groups):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake), train=train, n_judge=20, spaces=["log1p"], negative=False, **QUICK)
+    assert all(r["n"] == r["control_n"] == 20 for r in found.records)
+    assert all(f"null sd {auc_null_sd(20):.3f}" in r["flag"] for r in found.records if r["flag"])
+
+
+def test_repeats_that_real_cells_have_too_are_no_news():
+    real, fake = (ad.concat([part, part], index_unique="-") for part in (cells(30, seed=1), cells(30, seed=2)))
+    assert not any("repeat" in note for note in evaluate(real, synthetic(fake, "counts", fake.X), train=cells(60, seed=3), spaces=["log1p"], negative=False, **QUICK).notes)
+
+
+def test_labels_of_the_map_are_those_of_its_cells(groups, report):
+    chosen = np.sort(np.random.default_rng([0, 2]).choice(90, 60, replace=False))
+    coords = report.tsne()
+    assert coords["synthetic_labels"] == list(groups[1].obs["type"].iloc[chosen]) and coords["real_labels"] == list(groups[0].obs["type"])
+
+
+def test_a_seed_that_no_forest_takes_is_refused_first(groups):
+    with pytest.raises(InputError, match="seed is 4294967296: choose one from 0"):
+        evaluate(groups[0], synthetic(groups[1]), **(QUICK | {"seed": 2**32}))
+
+
+def test_repeats_are_counted_among_the_cells_that_are_compared():
+    thrice = ad.concat([cells(30, seed=2)] * 3, index_unique="-")
+    notes = evaluate(cells(60, seed=1), synthetic(thrice, "counts", thrice.X), train=cells(60, seed=3), spaces=["log1p"], negative=False, **QUICK).notes
+    chosen = np.random.default_rng([0, 2]).choice(90, 60, replace=False)
+    assert any(f"{60 - len(set(chosen % 30))} of 60 synthetic cells repeat" in note for note in notes)
