@@ -200,3 +200,63 @@ def test_figure_5_names_the_share_among_test_cells(asked):
     study = asked[0]
     found, panels = ex.figure5(study)
     assert np.allclose(found["share_in_test"], (study.test.obs["louvain"].astype(str) == "4").mean()) and list(found["n"]) == panels["counts"]
+
+
+@pytest.mark.parametrize(("method", "best"), [("scld", False), ("scld_post", True), ("scld_pre", False), ("scld_both", True)])
+def test_rows_with_the_scorer_have_lost_the_worst_of_a_larger_pool(asked, monkeypatch, method, best):
+    study, seen = asked[0], []
+    monkeypatch.setattr(study, "judge", lambda cells, seed, name: seen.append((cells.n_obs, cells.obs["score"].min() > 0)) or [])
+    ex.table3(study, methods=[method])
+    assert seen == [(study.n, best)]
+
+
+def test_costs_are_those_of_the_model_that_drew_the_cells(asked, monkeypatch):
+    study, seen = asked[0], {}
+    for method in ("scld", "scld_post", "scld_pre", "scld_both", "scld_pre_matched", "scld_both_matched", "scld_counts", "scld_counts_post"):
+        monkeypatch.setattr(ex, "_scld_cost", lambda model, post: seen.update({method: (model.variant, post)}) or {})
+        ex.table3(study, methods=[method])
+    assert seen == {"scld": ("none", False), "scld_post": ("none", True), "scld_pre": ("add", False), "scld_both": ("add", True),
+                    "scld_pre_matched": ("add", False), "scld_both_matched": ("add", True), "scld_counts": ("counts", False), "scld_counts_post": ("counts", True)}
+
+
+def test_competitors_rows_with_the_scorer_are_those_that_went_through_it(asked, monkeypatch):
+    study, seen = asked[0], []
+    monkeypatch.setattr(study, "draws", lambda name, seed: name)
+    monkeypatch.setattr(ex, "competitor_cost", lambda drawn, post: seen.append((drawn, post)) or {})
+    monkeypatch.setattr(ex, "remaining", lambda drawn, n, *, post, keep, label="": seen.append((drawn, post, label)) or study.model("add", 0).sample(n))
+    ex.table3(study, methods=["scgan", "scgan+scorer"])
+    assert seen == [("scgan", False, ""), ("scgan", False), ("scgan", True, ""), ("scgan", True)]
+    seen.clear()
+    ex.table5(study, methods=["cscgan", "cscgan+scorer"])
+    labels = [label for label, _ in study.clusters().values()]
+    assert seen == [part for post in (False, True) for part in [("cscgan", post), *(("cscgan", post, label) for label in labels)]]
+
+
+def test_the_judge_of_figure_5_learned_from_training_cells(asked, monkeypatch):
+    study, seen, original = asked[0], [], ex.label_classifier
+    monkeypatch.setattr(ex, "label_classifier", lambda x, y, **o: seen.append((x.shape[0], len(y))) or original(x, y, **o))
+    ex.figure5(study)
+    assert seen == [(study.train.n_obs, study.train.n_obs)]
+
+
+def test_fewer_genes_or_another_clock_have_folders_of_their_own(small, tmp_path):
+    def folders(**change):
+        study = ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, steps=4, **change)
+        return study.models, study.drawn, study.path("table3", "scld", 0)
+
+    for change in ({"n_genes": 100}, {"budget_s": 5}):
+        assert all(a != b for a, b in zip(folders(), folders(**change)))
+
+
+def test_fewer_test_cells_are_drawn_and_not_the_first(small, tmp_path):
+    few = ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, n_max=50).test
+    assert few.n_obs == 50 and set(few.obs_names) <= set(small.test.obs_names) and list(few.obs_names) != list(small.test.obs_names[:50])
+
+
+def test_table_5_has_the_control_of_each_seed_once_and_is_compared_un_logged():
+    rows = [{"method": m, "seed": seed, "space": space, "metric": "rf_auc", "cluster": "1", "n": 24, "value": value if space == "counts20k" else 0.99,
+             "control": 0.4 + 0.2 * seed, "failed": "", "cut": "", "missing": ""} for m, value in (("cscgan", 0.82), ("scld_both", 0.6))
+            for seed in (0, 1) for space in ex.SPACES]
+    table = ex.table5_beside(pd.DataFrame(rows), "pbmc68k")
+    assert table.loc["Positive (real against real)", "cluster 1 counts20k"] == "0.500 ± 0.141"
+    assert table.loc["cscGAN", "verdict"] == "1: reproduced within tolerance" and table.loc["SCLD ‡", "verdict"] == "1: better"
