@@ -9,7 +9,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 
@@ -464,3 +465,30 @@ def test_copies_of_a_few_cells_have_no_bandwidth():
 def test_cells_that_do_not_differ_have_no_components():
     with pytest.raises(InputError, match="hardly any gene varies"):
         rf_auc(np.ones((60, 500)), np.ones((60, 500)), n_trees=5)
+
+
+def test_few_cells_have_a_third_of_them_as_perplexity_and_the_components_asked_for():
+    cells = np.random.default_rng(0).normal(size=(25, 8))
+    lowered, direct, two = (tsne([cells], **o)[0] for o in ({}, {"perplexity": 8.0}, {"n_pcs": 2}))
+    assert (lowered == direct).all() and not np.allclose(lowered, two)
+
+
+def test_some_equal_cells_leave_a_bandwidth():
+    cells = np.random.default_rng(0).normal(size=(60, 7)) * 100 + 3
+    cells[30:] = cells[:30]
+    lists = np.sort(cdist(cells, cells), axis=1)[:, 1:25]
+    assert mmd_bandwidth(cells) == pytest.approx(np.median(lists))
+
+
+def test_folds_of_twins_are_drawn_with_the_seed():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(40, 4))
+    real[:8] += 3                                              # an order that folds must not follow
+    fake = real + rng.normal(size=(40, 4))
+    found = rf_aucs(real, fake, n_pcs=None, n_trees=5, paired=True, max_depths=(None,))[None]
+    splits = KFold(5, shuffle=True, random_state=0).split(real)
+    both, truth = np.vstack([real, fake]), np.repeat([1, 0], 40)
+    for (fit, held), area in zip(splits, found.fold_aucs):
+        fit, held = np.r_[fit, fit + 40], np.r_[held, held + 40]
+        forest = RandomForestClassifier(5, random_state=0).fit(both[fit], truth[fit])
+        assert area == pytest.approx(roc_auc_score(truth[held], forest.predict_proba(both[held])[:, 1]))
