@@ -429,3 +429,100 @@ def test_folds_are_those_of_the_paper_forest():
         assert len(fit) == 30 and len(held) == 10
     wanted = [tuple(map(tuple, p)) for p in StratifiedKFold(4, shuffle=True, random_state=7).split(np.zeros(40), np.repeat([1, 0], 20))]
     assert [tuple(map(tuple, p)) for p in suite._folds(20, 4, 7, False)] == wanted
+
+
+# ---- what earlier tests would not have noticed
+
+
+def test_genes_with_a_high_mean_are_not_the_variable_ones():
+    x = np.random.default_rng(0).normal(size=(40, 6)) * [1, 2, 3, 1, 1, 1] + [50, 0, 0, 0, 0, 90]
+    assert list(variable_genes(x, 2)) == [1, 2] == list(variable_genes(sp.csr_matrix(x), 2))
+
+
+def test_combined_judge_sees_library_sizes_alone():
+    """Twice the counts: the same composition, and every gene detected."""
+    x, y = np.random.default_rng(0).poisson(200, size=(2, 40, 8))
+    assert combined_auc(x, 2 * y).auc > 0.95
+
+
+def test_combined_judge_compares_compositions():
+    """A share that differs by a fifth is lost among library sizes that differ a hundredfold, unless these are divided out."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(0, np.log(100), (2, 100, 1)))
+    x, y = rng.poisson(sizes * 3000 * np.array([[[1.0] * 6], [[1.2] + [1.0] * 5]]))
+    assert combined_auc(x, y).auc > 0.95
+
+
+def test_combined_judge_takes_negative_values_for_zeros():
+    x, y = np.random.default_rng(0).poisson(1.0, size=(2, 40, 8)).astype(float)
+    assert combined_auc(x, np.where(y == 0, -0.5, y)) == combined_auc(x, y)
+
+
+def test_transport_draws_with_the_seed():
+    a, b = clouds(60)
+    assert wasserstein(a, b, n_max=20, seed=1) != wasserstein(a, b, n_max=20, seed=2)
+
+
+def test_empty_questions_are_refused():
+    with pytest.raises(InputError, match="n_neighbors 0"):
+        ilisi(*clouds(20), n_neighbors=0)
+    table = pd.DataFrame({"u": [1.0, 2.0]})
+    for pair in ((table, table[:0]), (table[:0], table)):
+        with pytest.raises(InputError, match="two filled tables"):
+            ks_statistics(*pair)
+
+
+def test_a_stored_zero_is_a_zero():
+    x = sp.csr_matrix(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    x.data[2] = 0
+    assert list(gene_statistics(x)["zeros"]) == [pytest.approx(1 / 3), 0] and list(cell_statistics(x)["detected"]) == [2, 1, 2]
+
+
+def test_genes_that_vary_on_neither_side_are_alike():
+    assert mean_correlation(np.ones((9, 4)), np.ones((9, 4))) == {"mean_pearson": 1, "mean_spearman": 1}
+
+
+def test_labels_with_just_enough_cells_and_one_label_alone(labelled):
+    (t, ty), (r, ry), (f, fy) = (labelled[k] for k in ("train", "real", "fake"))
+    some = np.sort(np.concatenate([np.flatnonzero(fy == k)[:12] for k in "abc"]))
+    assert set(marker_logfc(r, ry, f[some], fy[some], t, ty, min_cells=12)["marker_jaccard"]) == {"all", "a", "b", "c"}
+    assert marker_logfc(r, ry, f[some], fy[some], t, ty, min_cells=13) == {"marker_pearson": {}, "marker_jaccard": {}}
+    only = fy == "a"
+    assert marker_logfc(r, ry, f[only], fy[only], t, ty) == {"marker_pearson": {}, "marker_jaccard": {}}
+
+
+def test_test_cells_of_a_label_that_nobody_taught_do_not_count(labelled):
+    (t, ty), (r, ry), (f, fy) = ((x.log1p(), y) for x, y in (labelled[k] for k in ("train", "real", "fake")))
+    strange = np.where(np.arange(120) % 3, ry, "z")
+    known = strange != "z"
+    assert tstr(f, fy, t, ty, r, strange, n_pcs=5) == tstr(f, fy, t, ty, r[known], ry[known], n_pcs=5)
+
+
+def test_cells_to_learn_from_are_drawn_with_the_seed():
+    """Only some of many cells are learned from; which ones depends on the seed."""
+    rng = np.random.default_rng(0)
+    (f, t, r), y = rng.normal(size=(3, 120, 4)), np.repeat(["a", "b"], 60)
+    few = np.r_[:15, 60:75]
+    scores = {tstr(f, y, t[few], y[few], r, y, n_pcs=4, seed=seed)["tstr"]["all"] for seed in range(4)}
+    assert len(scores) > 1
+
+
+def test_more_heldout_than_training_cells_pull_nobody_away():
+    x = np.random.default_rng(1).normal(size=(650, 20))
+    found = memorisation(x[:200], x[200:250], x[250:])
+    assert 0.35 < found.share < 0.65 and found.n_reference == 50
+
+
+def test_reference_cells_are_drawn_and_not_the_first():
+    """Training cells come sorted: the first half near, the second far; a prefix would send all far cells to the held-out side."""
+    rng = np.random.default_rng(0)
+    fake, train, heldout = (np.repeat([0.0, 30.0], n)[:, None] + rng.normal(size=(2 * n, 3)) for n in (40, 60, 30))
+    assert memorisation(fake, train, heldout, n_pcs=3).share > 0.35
+
+
+def test_of_honest_cells_one_in_twenty_is_called_copied():
+    shares = []
+    for seed in range(4):
+        x = np.random.default_rng(seed).normal(size=(1200, 10))
+        shares.append(memorisation(x[:400], x[400:800], x[800:], n_pcs=5, seed=seed).copied)
+    assert np.mean(shares) == pytest.approx(0.05, abs=0.025)

@@ -87,3 +87,14 @@ def test_perplexity_and_components_are_those_asked_for():
 @pytest.mark.parametrize(("value", "control", "null_sd", "word"), [(0.60, 0.50, 0.04, "like real"), (0.57, 0.45, None, "close")])
 def test_of_copying_measures_only_what_is_above_a_half_counts_and_chance_is_granted(value, control, null_sd, word):
     assert verdict({"metric": "membership_auc", "value": value, "control": control, "null_sd": null_sd}) == word
+
+
+def test_lists_of_markers_are_real_against_synthetic_and_all_takes_every_marker():
+    (r, ry), (f, fy), (t, ty) = (three(s) for s in (1, 2, 3))
+    found = suite.marker_logfc(r, ry, f, fy, t, ty, n_markers=4)
+    change = {k: suite._fold_changes(x, y, list("abc")) for k, x, y in (("r", r, ry), ("f", f, fy), ("t", t, ty))}
+    best = {k: np.argsort(-c, axis=1)[:, :4] for k, c in change.items()}
+    shared = {label: len(set(best["r"][i]) & set(best["f"][i])) for i, label in enumerate("abc")}
+    assert {k: found["marker_jaccard"][k] for k in "abc"} == {k: s / (8 - s) for k, s in shared.items()}
+    mine, theirs = (np.take_along_axis(change[k], best["t"], axis=1).ravel() for k in "rf")
+    assert found["marker_pearson"]["all"] == pytest.approx(pearsonr(mine, theirs).statistic)
