@@ -66,3 +66,17 @@ def test_the_shuffled_cells_are_those_of_the_control(groups, monkeypatch):
     monkeypatch.setattr(evaluation, "permute_genes", lambda x, **o: seen.append(rows_of(x)) or original(x, **o))
     evaluate(real, synthetic(fake), train=train, spaces=["log1p"], **QUICK)
     assert seen[0] <= rows_of(expression(train, "counts20k"))
+
+
+def test_shuffled_cells_of_the_copying_measures_are_no_training_cells(groups, monkeypatch):
+    real, fake, train = groups
+    seen, original = [], evaluation.memorisation
+    monkeypatch.setattr(evaluation, "memorisation", lambda f, t, h, **o: seen.append(rows_of(f)) or original(f, t, h, **o))
+    evaluate(real, synthetic(fake), train=train, **OPTIONS)
+    assert not seen[1] & rows_of(expression(train))
+
+
+def test_a_library_is_counted_in_the_layer_that_holds_counts(groups):
+    real = groups[0].copy()
+    real.layers["raw"], real.X = real.X.copy(), real.X * 2
+    assert np.array_equal(_library(real, list(real.var_names), "raw"), np.asarray(real.layers["raw"].sum(1)).ravel())

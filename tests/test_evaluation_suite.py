@@ -168,3 +168,69 @@ def test_suite_of_very_few_cells(groups, n):
     real, fake, train = groups
     found = evaluate(real[:n].copy(), synthetic(fake[:n].copy()), train=train, labels_key="type", suite=True, spaces=["log1p"], **(QUICK | {"n_trees": 5}))
     assert SUITE <= metrics_of(found) and np.isfinite(found.to_frame()["value"]).all()
+
+
+def test_genes_labels_and_copies_hold_what_the_functions_give(groups, whole):
+    from scld_nb import suite
+
+    real, fake, train = groups
+    fake = fake[np.sort(np.random.default_rng([0, 2]).choice(90, 60, replace=False))].copy()
+    a, b, t = (expression(x) for x in (real, fake, train))
+    ya, yb, yt = (x.obs["type"].astype(str).to_numpy() for x in (real, fake, train))
+    by = {(r["metric"], r["cluster"]): r for r in whole.records if r["space"] == "log1p"}
+    wanted = {f"ks_{k}": v for k, v in suite.ks_statistics(suite.gene_statistics(a), suite.gene_statistics(b)).items()}
+    wanted |= suite.mean_correlation(a, b) | suite.gene_correlation(a, b, genes=suite.variable_genes(t, 500))
+    assert {k: by[k, "all"]["value"] for k in wanted} == pytest.approx(wanted)
+    marks = suite.marker_logfc(*(p for x, y in ((real, ya), (fake, yb), (train, yt)) for p in (expression(x, "counts20k"), y)))
+    taught, copies = suite.tstr(b, yb, t, yt, a, ya), suite.memorisation(b, t, a)
+    for label in ("all", "a", "b", "c"):
+        assert by["marker_pearson", label]["value"] == pytest.approx(marks["marker_pearson"][label])
+        record = by["tstr", label]
+        assert (record["value"], record["control"]) == (taught["tstr"][label], taught["trtr"][label])
+        assert record["n"] == record["control_n"] == taught["n"]["all"]
+    near = by["distance_to_train", "all"]
+    assert (near["value"], near["control"], near["control_n"]) == (np.median(copies.to_train), np.median(copies.to_heldout), 60)
+
+
+def test_areas_of_the_suite_have_a_distance_and_a_flag_like_the_others(whole):
+    areas = {"rf_auc", "rf_auc_depth5", "strict_forest", "strict_boosting", "combined", "membership_auc"}
+    for r in whole.records:
+        assert (r["distance"] is not None) == (r["metric"] in areas)
+        if r["metric"] in areas:
+            assert r["distance"] == abs(r["value"] - 0.5) and bool(r["flag"]) == (abs(r["control"] - 0.5) > 0.03)
+
+
+def test_shuffled_cells_are_the_worst_in_the_suite_too(whole):
+    by = {(r["metric"], r["cluster"]): r for r in whole.records}
+    assert by["coverage", "all"]["negative"] < by["coverage", "all"]["control"]
+    assert by["gene_correlation", "all"]["negative"] < 0.3 < by["gene_correlation", "all"]["control"]
+    assert by["distance_to_train", "all"]["negative"] > by["distance_to_train", "all"]["value"]
+
+
+def test_known_negative_controls_of_the_suite_are_shown_only_where_wanted(groups, whole):
+    real, fake, train = groups
+    found = evaluate(real, synthetic(fake, "counts", fake.X), train=train, labels_key="type", min_cluster=10, suite=True, negative=False, controls=whole.controls, **QUICK)
+    assert all(r["negative"] is None for r in found.records)
+
+
+def test_pictures_are_drawn_from_what_was_measured(groups, whole):
+    from scld_nb import suite
+
+    real, fake, train = groups
+    fake = fake[np.sort(np.random.default_rng([0, 2]).choice(90, 60, replace=False))].copy()
+    a, b, t = (expression(x) for x in (real, fake, train))
+    copies, found = suite.memorisation(b, t, a), whole.details["distances"]
+    edges = np.linspace(0, max(copies.to_train.max(), copies.to_heldout.max()), 41)
+    assert found["train"] == np.histogram(copies.to_train, edges)[0].tolist() and found["heldout"] == np.histogram(copies.to_heldout, edges)[0].tolist()
+    columns = [int(name.removeprefix("gene")) for name in whole.details["correlation"]["genes"]]
+    for name, cells_of in (("real", a), ("synthetic", b)):
+        assert np.allclose(whole.details["correlation"][name], np.corrcoef(cells_of.toarray()[:, columns].T), atol=1e-3)
+
+
+def test_controls_draw_training_cells_and_not_the_first(groups):
+    """Training cells sorted by type: the first sixty are hardly more than one type."""
+    real, fake, train = groups
+    train = train[np.argsort(train.obs["type"].astype(str), kind="stable")].copy()
+    found = evaluate(real, synthetic(fake), train=train, suite=True, negative=False, spaces=["log1p"], **QUICK)
+    controls = {r["metric"]: r["control"] for r in found.records}
+    assert abs(controls["mmd_unbiased_squared"]) < 0.03 and controls["strict_forest"] < 0.65
