@@ -562,7 +562,7 @@ def test_a_report_shows_itself_as_a_table(tmp_path):
         Report.load(tmp_path)
 
 
-# --- what earlier tests would not have noticed
+# --- which cells, labels and layers
 
 
 def test_a_real_cell_without_a_count_stays_empty():

@@ -431,7 +431,7 @@ def test_folds_are_those_of_the_paper_forest():
     assert [tuple(map(tuple, p)) for p in suite._folds(20, 4, 7, False)] == wanted
 
 
-# ---- what earlier tests would not have noticed
+# ---- choices of cells, genes and labels
 
 
 def test_genes_with_a_high_mean_are_not_the_variable_ones():
