@@ -472,6 +472,8 @@ def make_controls(
     dict
         JSON-ready; see `Report.controls`.
     """
+    if n > real.shape[0]:
+        raise InputError(f"n is {n}, but there are {real.shape[0]} real cells")
     picked = _draw(real.shape[0], n, seed, 1)
     others = real[_left_over(real.shape[0], picked)] if train is None else train
     left, right, shuffled, note = _control_groups(real[picked], others, n, seed, trained=train is not None)
@@ -695,9 +697,9 @@ def _suite_records(
     if options["paired"]:
         notes.append("precision, recall, density, coverage, transport, mixing and copying are left out: each cell has its own original among the real ones")
     known = controls.setdefault("suite", {})
+    if train is None and controls["train"] is not None:        # genes would be chosen on other cells than those of the controls
+        raise InputError("controls were made with training cells: give train too, or leave controls=None")
     if kind not in known or (options["negative"] and not known[kind]["negative"]):
-        if train is None and controls["train"] is not None:
-            raise InputError("controls lack the suite for these cells: give train too, or leave controls=None")
         others = full["real"].take(_left_over(len(full["real"]), rows["real"])) if train is None else train
         known[kind] = _suite_controls(real, others, train, chosen, options, step)
     positive, negative = ({tuple(r[:3]): r[3:] for r in known[kind][side]} if known[kind][side] else {} for side in ("positive", "negative"))
@@ -822,6 +824,8 @@ def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -
     labels = {"real": _labels(real, labels_key, "real"), "synthetic": _labels(synth, labels_key, "synth")}
     if not set(labels["real"]) & set(labels["synthetic"]):
         raise InputError(f"real and synth have no label of {labels_key!r} in common ({labels['real'][0]!r}, {labels['synthetic'][0]!r}): use the same names")
+    if any("all" in part for part in labels.values()):
+        raise InputError(f"{labels_key!r} has a label 'all', which is what results of all cells together are called; give it another name")
     if train is not None:
         labels["train"] = _labels(train, labels_key, "train")
         if strange := sorted(set(labels["synthetic"]) - set(labels["train"])):
@@ -984,10 +988,11 @@ def evaluate(
     ----------
     SCLD, Tables 3 and 5.
     """
-    spaces = [spaces] if isinstance(spaces, str) else list(spaces)
+    spaces = [spaces] if isinstance(spaces, str) else list(dict.fromkeys(spaces))
     for name, value in (("seed", seed), ("n_max", n_max), ("n_judge", n_judge), ("n_trees", n_trees)):
         if not isinstance(value, int | np.integer) and (value is not None or name == "seed"):
             raise InputError(f"{name} must be a whole number, got {value!r}")
+    seed, n_max, n_judge, n_trees = int(seed), *(None if k is None else int(k) for k in (n_max, n_judge, n_trees))     # numpy's do not go into JSON
     alone = train is None and not (isinstance(controls, dict) and controls.get("train") is not None)
     real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, alone=alone, key=labels_key, layer=layer)
     n = min(real.n_obs // 2 if alone else real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
@@ -1005,7 +1010,7 @@ def evaluate(
     options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired, "n_judge": n_judge}
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees", *on_files]
     if n_judge is not None and n_judge < n:
-        notes.append(f"classifiers, MMD and exact transport see {n_judge} cells a side, drawn at random, the rest of the suite {n}")
+        notes.append(f"classifiers, MMD and exact transport see {n_judge} cells a side, drawn at random" + f", the rest of the suite {n}" * suite)
     twice = {k: _repeated(groups[k][r]) for k, r in rows.items()}
     if twice["synthetic"] > twice["real"] + 0.01 * n:
         notes.append(f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells")

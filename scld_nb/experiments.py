@@ -38,6 +38,7 @@ from .baselines import BASELINES, TITLES, compete, installed_baselines, remainin
 from .data import InputError
 from .evaluation import SPACES, evaluate, expression, make_controls
 from .files import alone_in, replacing
+from .guidance import check_omega
 from .metrics import auc_null_sd, label_classifier, purity, rf_aucs, tsne
 from .model import SCLD, count_denoiser_steps, make_config
 from .plots import paper_vs_ours, save_figure, training_times
@@ -207,7 +208,7 @@ def read_budget(budget: int | str | None) -> int | str | None:
         Naming what is known.
     """
     text = str(budget or "").strip()
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text)
     if text in ("", "0"):
         return None
@@ -311,6 +312,10 @@ class Study:
                  progress: bool | None = None, **options):
         make_config(**({"head": "mse"} | options))          # a wrong name is said before data are read
         budget = read_budget(budget)
+        numbers = {"steps": steps, "ae_steps": ae_steps, "sampling_steps": sampling_steps, "n_trees": n_trees, "n_genes": n_genes, "n_max": n_max}
+        for name, number in numbers.items():
+            if number is not None and not (isinstance(number, int | np.integer) and number >= 0):
+                raise InputError(f"{name} must be a whole number, or 0 for what suits the data set; got {number!r}")
         if budget_s is not None and budget_s < 0:
             raise InputError(f"budget_s must be a positive number of seconds, got {budget_s}")
         usual = asdict(make_config(head="mse")) | {"preset": "default"}
@@ -552,7 +557,7 @@ def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFram
     One line per method, seed, space and metric. A competitor that cannot run on the data has lines without a value and the reason
     in the column ``failed``; ``cut`` says how much of a published training was done.
     """
-    methods = default_methods() if methods is None else list(methods)
+    methods = default_methods() if methods is None else list(dict.fromkeys(methods))
     for name in methods:
         if name not in METHODS:
             raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
@@ -670,7 +675,7 @@ def summarise(lines: pd.DataFrame, names: dict[str, str], metrics: Iterable[str]
         note = failed[0] if failed else _cut_range(cut)
         rows[names[method]] = cell | {"n": int(own["n"].max()), "seeds": own[own["value"].notna()]["seed"].nunique(), "note": note}
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.drop(columns="note") if (table["note"] == "").all() else table
+    return table.drop(columns="note") if rows and (table["note"] == "").all() else table
 
 
 def _cut_range(texts: list[str]) -> str:
@@ -780,12 +785,17 @@ def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float]
     ----------
     cluster
         The label asked for; default: the paper's for its sets, else the fifth largest label or the smallest there is.
+    omegas
+        At most five, since the paper draws five numbers of cells.
 
     Returns
     -------
     The share of cells that a classifier (trained on real training cells) gives to the cluster, per omega and seed, beside its
     share among real test cells and the classifier's own accuracy on them; and the coordinates of the panels (first seed).
     """
+    omegas = [check_omega(omega) for omega in omegas]
+    if not 1 <= len(omegas) <= len(PAPER_SAMPLES):
+        raise InputError(f"omegas must be 1 to {len(PAPER_SAMPLES)} numbers, got {len(omegas)}")
     sizes = study.train.obs[study.labels_key].value_counts()
     target = cluster or TARGET_CLUSTER.get(study.name) or str(sizes.index[min(4, len(sizes) - 1)])
     if target not in set(map(str, sizes.index)):
@@ -812,7 +822,8 @@ def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float]
             out |= {"tsne": [c.round(2).tolist() for c in coords], "target_real": (labels["test"][rows] == target).tolist()}
         return out
 
-    found = [study.run("figure5", f"omega-cluster{target}", seed, lambda: make(seed)) for seed in study.seeds]
+    name = f"omega-cluster{target}" + ("" if omegas == list(OMEGAS) else "-" + "_".join(f"{omega:g}" for omega in omegas))
+    found = [study.run("figure5", name, seed, lambda: make(seed)) for seed in study.seeds]
     panels = {"cluster": target, "omegas": list(omegas), "counts": counts, "n_real": n_real,
               "tsne": [np.asarray(c) for c in found[0]["tsne"]], "target_real": np.asarray(found[0]["target_real"])}
     return _lines(found), panels
@@ -826,7 +837,7 @@ def table5(study: Study, *, methods: Iterable[str] = tuple(TABLE5_METHODS)) -> p
     methods
         Any of `TABLE5_METHODS`.
     """
-    methods, clusters = list(methods), study.clusters()
+    methods, clusters = list(dict.fromkeys(methods)), study.clusters()
     if not clusters:
         raise InputError("Table 5: none of the clusters 1, 2, 3 and 6 has 10 test cells here; leave it out with tables (-p tables 2,3,4)")
     keep, drawn = make_config(**({"head": "mse"} | study.options)).keep, {}
@@ -985,7 +996,7 @@ _NOTEBOOK_NAMES = {"In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH",
 
 def choose(name: str, given: str | int, known: list[str], *, none: bool = False) -> list[str]:
     """Split "2,3" into its parts, all of which must be known; empty means all, and "none" none where that is allowed."""
-    parts = [p.strip() for p in str(given).split(",") if p.strip()] or known
+    parts = list(dict.fromkeys(p.strip() for p in str(given).split(",") if p.strip())) or known
     if none and parts == ["none"]:
         return []
     for part in parts:

@@ -766,6 +766,12 @@ class CellWriter:
         if "X" not in self._file:
             raise InputError(f"no cells for {self.path.name}; append at least one chunk")
         self._room(2**20 + 256 * len(self._var))
+        if self.nnz <= np.iinfo(np.int32).max:                 # functions of scipy that work in place want one kind of integers in a matrix
+            ends = self._file["X/indptr"]
+            del self._file["X/indptr"]
+            short = self._array("X/indptr", np.dtype(np.int32))
+            for start in range(0, len(ends), 2**20):
+                self._grow(short, ends[start:start + 2**20].astype(np.int32))
         said = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([self.n_obs, len(self._var)])}
         self._file["X"].attrs.update(said)
         obs = self._file["obs"]

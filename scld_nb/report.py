@@ -313,7 +313,9 @@ FEWEST = 10    # real cells of a label, for a verdict on it
 
 def _by_label(report: Report) -> str:
     "One row per label: forest, markers, F1."
-    columns = [("rf_auc", "log1p", "forest AUC"), ("marker_pearson", "log1p", "fold changes of markers"), ("tstr", "log1p", "F1, trained on synthetic")]
+    spaces = [r["space"] for r in report.records if r["metric"] == "rf_auc"]
+    own = "log1p" if "log1p" in spaces or not spaces else spaces[0]
+    columns = [("rf_auc", own, "forest AUC"), ("marker_pearson", "log1p", "fold changes of markers"), ("tstr", "log1p", "F1, trained on synthetic")]
     found = {(r["metric"], r["space"], r["cluster"]): r for r in report.records if r["cluster"] != "all"}
     labels = sorted({k[2] for k in found}, key=lambda t: (len(t), t))
     cells = report.settings.get("cells", {})               # reports written before they were counted have none

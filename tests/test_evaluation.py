@@ -10,7 +10,7 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 
-from scld_nb.data import InputError, library_normalize
+from scld_nb.data import InputError, library_normalize, split
 from scld_nb.evaluation import COLUMNS, SPACES, Report, compare, evaluate, expression, make_controls
 from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc, rf_aucs
 
@@ -660,3 +660,93 @@ def test_repeats_are_counted_among_the_cells_that_are_compared():
     notes = evaluate(cells(60, seed=1), synthetic(thrice, "counts", thrice.X), train=cells(60, seed=3), spaces=["log1p"], negative=False, **QUICK).notes
     chosen = np.random.default_rng([0, 2]).choice(90, 60, replace=False)
     assert any(f"{60 - len(set(chosen % 30))} of 60 synthetic cells repeat" in note for note in notes)
+
+
+# --- what was given: mixed-up files, other proportions
+
+LITTLE = {"spaces": ["log1p"], "negative": False} | QUICK
+
+
+def doubts_of(real, synth, **options):
+    found = evaluate(real, synth, **(LITTLE | options))
+    assert all(doubt in found.notes for doubt in found.settings["doubts"])
+    return " / ".join(found.settings["doubts"])
+
+
+def test_drawn_cells_are_not_taken_for_real_ones(groups):
+    real, fake, train = groups
+    drawn = synthetic(fake, "counts", fake.X, model="m")
+    for order in ({"real": drawn, "synth": real}, {"real": real, "synth": drawn, "train": drawn}):
+        with pytest.raises(InputError, match="cells that a model drew: the order is"):
+            evaluate(**order, **LITTLE)
+    assert doubts_of(real, drawn, train=train, labels_key="type", min_cluster=1000) == ""
+
+
+def test_the_training_part_is_no_test_part(groups):
+    train, test = split(cells(200, seed=5), test_size=0.4, seed=0)
+    fake = synthetic(groups[1])
+    assert "the real cells are the training part" in doubts_of(train, fake) and doubts_of(test, fake, train=train) == ""
+
+
+def test_synthetic_cells_that_are_real_ones_are_recognised(groups):
+    real, fake, train = groups
+    copies = synthetic(real, "counts", real.X)
+    assert "60 of 60 synthetic cells equal one of the real cells" in doubts_of(real, copies, train=train)
+    mixed = ad.concat([fake[:55], train[:35]], index_unique="-")
+    found = doubts_of(real, synthetic(mixed, "counts", mixed.X), train=train)
+    rows = np.random.default_rng([0, 2]).choice(90, 60, replace=False)
+    assert f"{(rows >= 55).sum()} of 60 synthetic cells equal one of the training cells" in found and "real cells in every gene" not in found
+
+
+def test_other_proportions_of_labels_are_named(groups):
+    real, _, train = groups
+    even = [cells(120, seed=s, share=[1 / 3, 1 / 3, 1 / 3]) for s in (11, 12)]
+    skewed = cells(120, seed=13, share=[0.8, 0.1, 0.1])
+    assert doubts_of(even[0], synthetic(even[1]), labels_key="type", train=train, min_cluster=1000) == ""
+    found = doubts_of(even[0], synthetic(skewed), labels_key="type", train=train, min_cluster=1000)
+    assert f"labels come in other proportions: a is {(even[0].obs['type'] == 'a').mean():.0%} of the real" in found and "sample(real.obs['type'].value_counts())" in found
+    some = synthetic(even[1][even[1].obs["type"] != "c"].copy())
+    share = (even[0].obs["type"] == "c").mean()
+    assert f"{share:.0%} of the real cells have labels that no synthetic cell has: c" in doubts_of(even[0], some, labels_key="type", train=train, min_cluster=1000)
+
+
+def test_genes_without_a_name_in_common_are_another_matter(groups):
+    real, fake, _ = groups
+    other = synthetic(fake)
+    other.var_names = [f"ENSG{g}" for g in range(40)]
+    with pytest.raises(InputError, match="symbols on one side and ids on the other"):
+        evaluate(real, other, **LITTLE)
+    with pytest.raises(InputError, match=r"real\[:, real.var_names.isin\(synth.var_names\)\]"):
+        evaluate(real, synthetic(fake[:, :30].copy()), **LITTLE)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": None}, {"seed": 0.5}, {"n_max": "10"}, {"n_judge": 20.0}, {"n_trees": "5"}, {"labels_key": ["type"]}])
+def test_options_of_another_kind_are_named(groups, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        evaluate(groups[0], synthetic(groups[1]), train=groups[2], **(LITTLE | wrong))
+
+
+def test_numbers_of_numpy_are_numbers(groups, tmp_path):
+    numbers = {"seed": np.int64(3), "n_max": np.int64(30), "n_trees": np.int32(5), "n_judge": np.int64(20)}
+    found = evaluate(groups[0], synthetic(groups[1]), train=groups[2], **(LITTLE | numbers))
+    assert Report.load(found.save(tmp_path)) == found and "the rest of the suite" not in str(found)
+
+
+def test_controls_of_other_genes_are_not_reused_by_the_suite(groups):
+    real, fake, train = groups
+    first = evaluate(real, synthetic(fake), train=train, suite=True, **LITTLE)
+    with pytest.raises(InputError, match="controls were made with training cells: give train too"):
+        evaluate(real, synthetic(fake), controls=first.controls, suite=True, **LITTLE)
+
+
+def test_no_label_is_called_all(groups):
+    named = [part.copy() for part in groups]
+    for part in named:
+        part.obs["type"] = part.obs["type"].astype(str).replace({"a": "all"})
+    with pytest.raises(InputError, match="has a label 'all'"):
+        evaluate(named[0], synthetic(named[1]), train=named[2], labels_key="type", **LITTLE)
+
+
+def test_controls_of_more_cells_than_there_are(groups):
+    with pytest.raises(InputError, match="n is 100, but there are 60"):
+        make_controls(*(expression(part, "counts20k") for part in (groups[0], groups[2])), n=100, n_trees=5)

@@ -552,6 +552,8 @@ def test_written_in_chunks_is_written_whole(tmp_path):
         assert (writer.n_obs, writer.nnz) == (50, cells.X.nnz) and not (tmp_path / "x.h5ad").exists()
     found = ad.read_h5ad(tmp_path / "x.h5ad")
     assert same(found.X, cells.X) and found.X.dtype == np.int32 and found.uns["a"]["b"] == 1
+    assert found.X.indptr.dtype == found.X.indices.dtype == np.int32
+    found.X.eliminate_zeros()                                  # in place, as rank_genes_groups does it
     pd.testing.assert_frame_equal(found.obs, cells.obs, check_dtype=False, check_categorical=False)
     assert list(found.obs["cell_type"].cat.categories) == ["B", "NK", "T"] and found.obs["cell_type"].isna().sum() == 3
     assert found.obs["n"].dtype == cells.obs["n"].dtype and found.obs["ok"].dtype == bool

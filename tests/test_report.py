@@ -239,3 +239,23 @@ def test_what_the_pictures_of_the_suite_show(found):
 
 def test_the_short_ending_is_accepted(tmp_path):
     assert write_html(Report([record("rf_auc", 0.6, 0.5)], {}, [], {}), tmp_path / "page.htm").exists()
+
+
+def test_doubts_about_the_cells_come_first(found):
+    told = Report(found.records, found.controls, found.notes, found.settings | {"doubts": ["the real <cells> are odd"]})
+    page = html_page(told)
+    assert "The real &lt;cells&gt; are odd." in page and page.index("Before you read on") < page.index("How to read this page")
+    assert "Before you read on" not in html_page(found) and found.settings["doubts"] == []
+
+
+def test_few_real_cells_of_a_label_get_no_verdict():
+    records = [record("tstr", 0.1, 0.9, cluster="few"), record("tstr", 0.8, 0.8, cluster="many")]
+    page = html_page(Report(records, {"how": ""}, [], {"dataset": "d", "method": "m", "n": 50, "seed": 0, "cells": {"few": 9, "many": 10}}))
+    rows = page[page.index("Label by label"):].split("<tr>")
+    few, many = (next(row for row in rows if row.startswith(f"<td>{name}")) for name in ("few", "many"))
+    assert "9 real cells" in few and "off" not in few and "–" in few and "like real" in many
+
+
+def test_forests_of_each_label_are_shown_in_the_space_there_is():
+    records = [record("rf_auc", 0.55, 0.5, cluster="a", space="counts20k"), record("rf_auc", 0.55, 0.5, space="counts20k")]
+    assert "Label by label" in html_page(Report(records, {"how": ""}, [], {"dataset": "d", "method": "m", "n": 50, "seed": 0}))

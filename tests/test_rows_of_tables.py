@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from conftest import planted_cells
 
 from scld_nb import experiments as ex
+from scld_nb.data import InputError
 
 
 @pytest.fixture
@@ -260,3 +261,25 @@ def test_table_5_has_the_control_of_each_seed_once_and_is_compared_un_logged():
     table = ex.table5_beside(pd.DataFrame(rows), "pbmc68k")
     assert table.loc["Positive (real against real)", "cluster 1 counts20k"] == "0.500 ± 0.141"
     assert table.loc["cscGAN", "verdict"] == "1: reproduced within tolerance" and table.loc["SCLD ‡", "verdict"] == "1: better"
+
+
+def test_panels_of_figure_5_belong_to_their_omegas(asked):
+    study = asked[0]
+    two = ex.figure5(study, omegas=(0.0, 2.0))
+    five = ex.figure5(study)
+    assert two[1]["omegas"] == sorted(set(two[0]["omega"])) == [0.0, 2.0] and five[1]["omegas"] == sorted(set(five[0]["omega"])) == list(ex.OMEGAS)
+    for omegas in ((), (-1, -0.5, 0, 1, 2, 3)):
+        with pytest.raises(InputError, match="omegas must be 1 to 5"):
+            ex.figure5(study, omegas=omegas)
+
+
+def test_a_method_given_twice_counts_once():
+    assert ex.choose("methods", "scld, scld,random", ["random", "scld"]) == ["scld", "random"]
+    with pytest.raises(InputError, match="unknown budget"):
+        ex.read_budget("²")
+
+
+@pytest.mark.parametrize("wrong", [{"n_trees": -1}, {"steps": 2.5}, {"n_max": -5}, {"n_genes": "100"}])
+def test_numbers_of_a_study_are_whole(wrong, tmp_path):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must be a whole number"):
+        ex.Study(root=tmp_path, **wrong)
