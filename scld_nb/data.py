@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGET_SUM', 'DATASETS', 'PAPER_TABLE2', 'TRANSFORMS', 'InputError', 'DownloadError', 'DatasetInfo', 'register',
-           'dataset_info', 'data_dir', 'file_sha256', 'fetch', 'recover_counts', 'read_dataset', 'doubts',
-           'doubts_about', 'counts_matrix', 'library_normalize', 'apply_transform', 'invert_transform', 'CellReader',
+           'dataset_info', 'data_dir', 'file_sha256', 'fetch', 'recover_counts', 'read_dataset', 'counts_matrix',
+           'doubts', 'doubts_about', 'library_normalize', 'apply_transform', 'invert_transform', 'CellReader',
            'cluster', 'preprocess', 'not_h5ad', 'load', 'split', 'default_split', 'table2', 'join']
 
 # %% ../nbs/00_data.ipynb #c003
@@ -398,38 +398,6 @@ def _whole_in_raw(adata: ad.AnnData, slot: str) -> bool:
     return bool(np.isreal(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
 
 
-def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | None = None) -> list[str]:
-    """What is odd about whole numbers that pass for counts of genes, one sentence each.
-
-    Parameters
-    ----------
-    by_cell, by_gene
-        Sums of the counts, (n_cells,) and (n_genes,).
-    kinds
-        Column "feature_types" of `var`, with which Cell Ranger tells antibodies, guides and peaks from genes.
-
-    Returns
-    -------
-    list of str
-        Other features than genes; library sizes that hardly differ, as rounded CPM or TPM have.
-    """
-    found, size = [], by_cell[by_cell > 0]
-    own = np.asarray([] if kinds is None else kinds).astype(str)
-    if len(names := np.unique(own)) > 1:
-        share = {name: by_gene[own == name].sum() / max(by_gene.sum(), 1) for name in names}
-        found.append("not all features are genes: " + ", ".join(f"{(own == name).sum()} of {str(name)!r} with {share[name]:.0%} of the counts" for name in names)
-                     + "; all are learned alike; adata[:, adata.var['feature_types'] == 'Gene Expression'] has the genes")
-    if len(size) >= 20 and size.mean() >= 1000 and size.std() < 0.01 * size.mean():
-        found.append(f"all cells hold nearly the same number of counts ({size.min():.0f} to {size.max():.0f}): rounded CPM or TPM, not counts?")
-    return found
-
-
-def doubts_about(counts: sp.csr_matrix, var: pd.DataFrame) -> list[str]:
-    """`doubts` about counts in memory, (n_cells, n_genes), with the facts about their genes."""
-    by_cell, by_gene = (np.asarray(counts.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
-    return doubts(by_cell, by_gene, var.get("feature_types"))
-
-
 def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_cells: bool = False) -> sp.csr_matrix:
     """The integer counts of an AnnData, checked, as CSR float32; sparse input is never made dense.
 
@@ -487,6 +455,38 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
         raise InputError(f"{slot} has {empty.size} cells without a single count, e.g. {adata.obs_names[empty[0]]!r}; "
                          "remove them with scanpy.pp.filter_cells(adata, min_counts=1)")
     return counts
+
+# %% ../nbs/00_data.ipynb #c033d1
+def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | None = None) -> list[str]:
+    """What is odd about whole numbers that pass for counts of genes, one sentence each.
+
+    Parameters
+    ----------
+    by_cell, by_gene
+        Sums of the counts, (n_cells,) and (n_genes,).
+    kinds
+        Column "feature_types" of `var`, with which Cell Ranger tells antibodies, guides and peaks from genes.
+
+    Returns
+    -------
+    list of str
+        Other features than genes; library sizes that hardly differ, as rounded CPM or TPM have.
+    """
+    found, size = [], by_cell[by_cell > 0]
+    own = np.asarray([] if kinds is None else kinds).astype(str)
+    if len(names := np.unique(own)) > 1:
+        share = {name: by_gene[own == name].sum() / max(by_gene.sum(), 1) for name in names}
+        found.append("not all features are genes: " + ", ".join(f"{(own == name).sum()} of {str(name)!r} with {share[name]:.0%} of the counts" for name in names)
+                     + "; all are learned alike; adata[:, adata.var['feature_types'] == 'Gene Expression'] has the genes")
+    if len(size) >= 20 and size.mean() >= 1000 and size.std() < 0.01 * size.mean():
+        found.append(f"all cells hold nearly the same number of counts ({size.min():.0f} to {size.max():.0f}): rounded CPM or TPM, not counts?")
+    return found
+
+
+def doubts_about(counts: sp.csr_matrix, var: pd.DataFrame) -> list[str]:
+    """`doubts` about counts in memory, (n_cells, n_genes), with the facts about their genes."""
+    by_cell, by_gene = (np.asarray(counts.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
+    return doubts(by_cell, by_gene, var.get("feature_types"))
 
 # %% ../nbs/00_data.ipynb #c036
 TRANSFORMS = ("log1p", "none")
@@ -766,6 +766,24 @@ def preprocess(adata: ad.AnnData, *, layer: str | None = None, min_genes: int = 
         "raw_genes": adata.n_vars, "versions": _versions()}
     return out
 
+# %% ../nbs/00_data.ipynb #c056d1
+def not_h5ad(path: str | Path) -> str:
+    """What to do with a file or folder of another kind: a sentence, or "" if its name does not tell."""
+    text, path = str(path), Path(path).expanduser()
+    if text.rstrip("/").endswith(".zarr"):
+        return f"zarr is not read here; anndata.read_zarr({text!r}).write_h5ad('cells.h5ad') makes a file that is"
+    if path.is_dir() and any(path.glob("matrix.mtx*")):
+        return f"a folder of Cell Ranger is not read here; scanpy.read_10x_mtx({text!r}).write_h5ad('cells.h5ad') makes a file that is"
+    ways = {".h5": "scanpy.read_10x_h5({0!r})", ".loom": "anndata.io.read_loom({0!r})", ".csv": "scanpy.read_csv({0!r})", ".mtx": "scanpy.read_mtx({0!r}).T",
+            ".tsv": "scanpy.read_text({0!r})", ".txt": "scanpy.read_text({0!r})"}
+    if (way := ways.get(path.suffix)) and path.exists():
+        return f"only .h5ad is read here; {way.format(text)}.write_h5ad('cells.h5ad') makes such a file, if rows are cells"
+    if path.suffix in (".gz", ".zip", ".bz2") and path.exists():
+        return "it is compressed; unpack it first"
+    if path.suffix.lower() in (".rds", ".rdata") and path.exists():
+        return "an R object is not read here; write its counts as .h5ad in R, e.g. with the packages zellkonverter or anndataR"
+    return ""
+
 # %% ../nbs/00_data.ipynb #c058
 def _read_h5ad(path: Path) -> ad.AnnData:
     if not path.is_file():
@@ -821,24 +839,6 @@ def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData
     out.obs[key] = out.obs[key].cat.remove_unused_categories()
     out.uns["scld_data"] |= {"labels_key": key, "labels": "clustered" if clustered else "from the file"}
     return out
-
-
-def not_h5ad(path: str | Path) -> str:
-    """What to do with a file or folder of another kind: a sentence, or "" if its name does not tell."""
-    text, path = str(path), Path(path).expanduser()
-    if text.rstrip("/").endswith(".zarr"):
-        return f"zarr is not read here; anndata.read_zarr({text!r}).write_h5ad('cells.h5ad') makes a file that is"
-    if path.is_dir() and any(path.glob("matrix.mtx*")):
-        return f"a folder of Cell Ranger is not read here; scanpy.read_10x_mtx({text!r}).write_h5ad('cells.h5ad') makes a file that is"
-    ways = {".h5": "scanpy.read_10x_h5({0!r})", ".loom": "anndata.io.read_loom({0!r})", ".csv": "scanpy.read_csv({0!r})", ".mtx": "scanpy.read_mtx({0!r}).T",
-            ".tsv": "scanpy.read_text({0!r})", ".txt": "scanpy.read_text({0!r})"}
-    if (way := ways.get(path.suffix)) and path.exists():
-        return f"only .h5ad is read here; {way.format(text)}.write_h5ad('cells.h5ad') makes such a file, if rows are cells"
-    if path.suffix in (".gz", ".zip", ".bz2") and path.exists():
-        return "it is compressed; unpack it first"
-    if path.suffix.lower() in (".rds", ".rdata") and path.exists():
-        return "an R object is not read here; write its counts as .h5ad in R, e.g. with the packages zellkonverter or anndataR"
-    return ""
 
 
 def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = None, labels: str | None = None,

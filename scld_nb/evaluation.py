@@ -781,7 +781,7 @@ def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, se
     if train is not None and train.n_obs < 5:
         raise InputError(f"train has {train.n_obs} cells: give at least 5, or None")
 
-# %% ../nbs/10_evaluation.ipynb #c046
+# %% ../nbs/10_evaluation.ipynb #c045d1
 def _proportions(labels: dict, key: str) -> list[str]:
     "Sentences on labels that come in other proportions among synthetic cells than among real ones, beyond chance."
     table = pd.DataFrame({k: pd.Series(labels[k]).value_counts() for k in ("real", "synthetic")}).fillna(0.0)
@@ -810,7 +810,7 @@ def _origins(real, groups: dict, rows: dict) -> list[str]:
             found.append(f"{shared} of {n} synthetic cells equal one of the {'real' if name == 'real' else 'training'} cells in every gene: were files mixed up?")
     return found
 
-
+# %% ../nbs/10_evaluation.ipynb #c046
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
     "All groups in counts20k over the genes of `real`, and their labels."
     genes = list(real.var_names)
