@@ -661,7 +661,7 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     Raises
     ------
     TrainingError
-        If the loss is not finite.
+        If the loss or a weight is not finite.
     InputError
         If the checkpoint is damaged or of another run, or a minibatch has fewer rows than there are processes.
     scld_nb.distributed.TeamError
@@ -685,11 +685,16 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     weight = 1.0 / team.size if part is None else part.weight
 
     def check(step: int) -> None:                    # the only place where the loop waits for the device
-        pending.extend(torch.stack(losses).tolist() if losses else [])
+        if not losses:
+            return
+        lengths = torch.stack(torch._foreach_norm(parameters)).sum()         # a slope may be NaN where the loss is not
+        *found, weights = torch.stack([*losses, lengths.to(losses[0])]).tolist()
+        pending.extend(found)
         losses.clear()
-        if not all(map(math.isfinite, pending)):
+        wrong = "the loss is" if not all(map(math.isfinite, pending)) else "the weights are" if not math.isfinite(weights) else ""
+        if wrong:
             kept = f"; the last good state is step {saved} in {checkpoint}" if checkpoint and saved else ""
-            raise TrainingError(f"{stage}: the loss is not finite near step {step}{kept}; try a smaller learning rate")
+            raise TrainingError(f"{stage}: {wrong} not finite near step {step}{kept}; try a smaller learning rate")
 
     def save(step: int) -> None:
         if checkpoint is not None and team.is_main:
@@ -775,8 +780,10 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
             result.losses.append(sum(pending) / len(pending))
             pending.clear()
         save(step)
-    if any(team.ask(wish)()[:1]):                    # several processes meet here once the main one has saved
+    terminate, interrupt, _ = team.ask(wish)()       # several processes meet here once the main one has saved; also what came in the last step
+    if terminate:
         raise SystemExit(143)
+    result.interrupted |= bool(interrupt)
     optimizer.zero_grad(set_to_none=True)
     if ema:
         with torch.no_grad():

@@ -520,6 +520,14 @@ def test_a_signal_to_one_stops_all_at_one_step(team, tmp_path, number, status):
     assert gap(_long(tmp_path / "whole", steps=60)[0], _long(tmp_path, steps=60, resume=True)[0]) < 1e-6
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
+def test_a_signal_in_the_last_step_is_not_lost(team, tmp_path, number, status):
+    """By then the processes have asked each other whether to stop, for the last time but one."""
+    told = team(2, lambda: _long(tmp_path, steps=30, at=29, do=lambda: os.kill(os.getpid(), number))).wait()
+    assert [t.status for t in told] == [status] * 2 and _step_in(tmp_path) == 30, told[0].said + told[1].said
+    assert number == signal.SIGTERM or [t.value[1:3] for t in told] == [(30, True)] * 2
+
+
 def _hurried(folder):
     """Seconds pass five times as fast in process 1."""
     clock = iter(np.arange(100_000) * (1.0 + 4.0 * placed()[0]))

@@ -553,6 +553,32 @@ def test_interrupted_after_a_bad_loss_saves_nothing(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("at, kept", [(33, 30), (39, 30), (2, 0)])
+def test_a_slope_that_is_not_finite_spoils_no_checkpoint(tmp_path, at, kept, clip):
+    """The loss stays finite, in the bad step and in those after it."""
+    path, model = tmp_path / "c", small()
+    model.register_parameter("idle", nn.Parameter(torch.zeros(2)))
+
+    def breaks(step):
+        bad = (model.idle - model.idle.detach()).square().sum().sqrt()      # 0, with a slope of 0 / 0
+        return loss_for(model)(step) + (bad if step == at else 0.0)
+
+    with pytest.raises(TrainingError) as caught:
+        fit(model, breaks, steps=40, seed=0, stage="toy", device=CPU, checkpoint=path, checkpoint_every=10, clip=clip, show=False)
+    state = f"; the last good state is step {kept} in {path}" if kept else ""
+    assert str(caught.value).startswith("toy: the ") and f" not finite near step {-(-(at + 1) // 10) * 10}{state}; try a smaller" in str(caught.value)
+    assert meta_of(path)["step"] == kept if kept else not path.exists()
+
+
+def test_a_slope_that_is_not_finite_in_the_very_last_step_is_an_error():
+    """Nothing is computed with its weights before the end."""
+    model = nn.Linear(1, 1)
+    with pytest.raises(TrainingError, match="toy: the weights are not finite near step 3; try a smaller learning rate"):
+        fit(model, lambda step: (model.weight - model.weight.detach()).square().sum().sqrt() if step == 2 else model.weight.sum(),
+            steps=3, seed=0, stage="toy", device=CPU, show=False)
+
+
 @pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04pickle?" * 20,
                                    lambda b: b[:8] + b"}" + b[9:]], ids=["cut", "empty", "other format", "bad header"])
 def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, spoil):
