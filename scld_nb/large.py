@@ -9,17 +9,21 @@ __all__ = ['SLICE', 'GAP', 'MEND', 'TEST_CELLS', 'SCRATCH', 'open_h5ad', 'DiskCo
 # %% ../nbs/00_large.ipynb #c003
 import copy
 import hashlib
+import io
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -647,6 +651,93 @@ def _as_stored(column: pd.Series) -> pd.Series:
     return column.where(column.notna(), "").astype(str).astype(object)
 
 
+class _Unfailing(io.FileIO):
+    """A file for HDF5, whose writes never fail: the first error is kept, and so is, in memory, what was not written.
+
+    Parameters
+    ----------
+    path
+        The file, made anew.
+    named
+        What the error calls it.
+    """
+
+    def __init__(self, path: Path, named: Path):
+        super().__init__(path, "w+b")
+        self._named = named
+        self._error: BaseException | None = None
+        self._lost: list[tuple[int, bytes]] = []               # places and bytes
+
+    def _keep(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = OSError(error.errno, error.strerror, str(self._named)) if isinstance(error, OSError) else error
+
+    def check(self) -> None:
+        """Raise the error that was kept."""
+        if self._error is not None:
+            raise self._error
+
+    def write(self, data) -> int:
+        """All of it, to the disk or to memory."""
+        data, at, done = memoryview(data).cast("B"), self.tell(), 0
+        try:
+            while done < len(data) and self._error is None:
+                done += super().write(data[done:])
+        except Exception as error:
+            self._keep(error)
+        if done < len(data):
+            self._lost.append((at + done, bytes(data[done:])))
+        return len(data)
+
+    def readinto(self, buffer) -> int:
+        """All of it; what nobody wrote is 0, as to HDF5's own files."""
+        view, at, done = memoryview(buffer).cast("B"), self.tell(), 0
+        try:
+            while done < len(view) and (n := super().readinto(view[done:])):
+                done += n
+        except Exception as error:
+            self._keep(error)
+        view[done:] = bytes(len(view) - done)
+        for start, data in self._lost:
+            first, last = max(at, start), min(at + len(view), start + len(data))
+            if first < last:
+                view[first - at:last - at] = data[first - start:last - start]
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Make it as long as HDF5 wants it."""
+        try:
+            return super().truncate(size)
+        except Exception as error:
+            self._keep(error)
+            return size or 0
+
+    def __exit__(self, *_) -> None:
+        try:
+            self.close()
+        except Exception as error:                             # a network tells some errors only here
+            self._keep(error)
+        self.check()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What Ctrl-C and SIGTERM set off comes at the end of the block (main thread only)."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(s))}
+    heard: list[tuple] = []
+    for number in before:
+        signal.signal(number, lambda *arguments: heard.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if heard:
+            before[heard[0][0]](*heard[0])
+
+
 class CellWriter:
     """An ``.h5ad`` file that is written in chunks, under a temporary name until it is complete; use it in a ``with``.
 
@@ -671,7 +762,7 @@ class CellWriter:
     InputError
         If chunks do not have the same genes and columns.
     OSError
-        If the disk has no room for the next chunk.
+        If the disk has no room for the next chunk, or does not take it.
     """
 
     _file: h5py.File                                           # from __enter__ on
@@ -685,14 +776,15 @@ class CellWriter:
         self._filters = {"shuffle": True, "compression": "gzip", "compression_opts": 1} if compress else {}
 
     def __enter__(self) -> "CellWriter":
-        with ExitStack() as stack:
+        with _signals_wait(), ExitStack() as stack:
             self._temporary = stack.enter_context(replacing(self.path))
-            self._file = stack.enter_context(h5py.File(self._temporary, "w"))
+            self._disk = stack.enter_context(_Unfailing(self._temporary, self.path))
+            self._file = stack.enter_context(h5py.File(self._disk, "w"))
             self._open = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        with self._open:
+        with _signals_wait(), self._open:
             if error is not None:
                 raise error
             self._finish()
@@ -705,11 +797,11 @@ class CellWriter:
         filters = {} if h5py.check_string_dtype(dtype) else self._filters
         return self._file.create_dataset(name, shape=(0,), maxshape=(None,), dtype=dtype, chunks=(chunk or self._chunk,), **filters)
 
-    @staticmethod
-    def _grow(array: h5py.Dataset, values) -> None:
+    def _grow(self, array: h5py.Dataset, values) -> None:
         n = len(array)
         array.resize(n + len(values), axis=0)
         array[n:] = values
+        self._disk.check()
 
     def _begin(self, adata: ad.AnnData) -> None:
         self._var, self._columns = adata.var, list(adata.obs.columns)
@@ -737,6 +829,10 @@ class CellWriter:
 
         A missing text becomes an empty one, pandas' nullable numbers become float64 with NaN.
         """
+        with _signals_wait():
+            self._append(adata)
+
+    def _append(self, adata: ad.AnnData) -> None:
         x = sp.csr_matrix(adata.X)
         x.sum_duplicates()
         self._room(x.data.nbytes + 4 * x.nnz + 64 * (len(adata.obs.columns) + 2) * x.shape[0])

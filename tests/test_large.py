@@ -3,6 +3,9 @@
 import json
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -588,6 +591,75 @@ def test_a_file_is_complete_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"), CellWriter(path) as writer:
         writer.append(some_cells(5))
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.h5ad"]
+
+
+REFUSING = """
+import os, resource, signal, sys, warnings
+sys.path.insert(0, {tests!r})
+from test_large import CellWriter, some_cells
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cells, path = some_cells(3000), {path!r}
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+with CellWriter(path, chunk=512) as writer:
+    writer.append(cells)
+whole = os.path.getsize(path)
+for limit in (*range(0, whole, whole // 40), whole - 1):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with CellWriter(path, chunk=512) as writer:
+            for first in range(0, 3000, 300):
+                writer.append(cells[first:first + 300].copy())
+            writer.uns = {{"scld": {{"seed": 1}}}}
+        print("written")
+    except OSError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert os.listdir(os.path.dirname(path)) == ["x.h5ad"] and os.path.getsize(path) == whole
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_refuses_is_an_error_and_no_crash(tmp_path):
+    """A limit on the size of a file, reached anywhere: HDF5 may crash when one of its writes fails."""
+    code = REFUSING.format(tests=str(Path(__file__).parent), path=str(tmp_path / "x.h5ad"))
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    assert set(done.stdout.splitlines()) == {f"[Errno 27] File too large: '{tmp_path / 'x.h5ad'}'"} and len(done.stdout.splitlines()) >= 41
+    assert "HDF5-DIAG" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_file_that_hdf5_reads_again_though_it_was_refused(tmp_path):
+    """What the disk does not take is there for HDF5, which would else stumble over zeros."""
+    disk = large._Unfailing(tmp_path / "x", tmp_path / "x")
+    disk.write(b"abcdef")
+    disk._keep(OSError(28, "No space left on device"))
+    disk.seek(4), disk.write(b"EFGH"), disk.seek(6), disk.write(b"gh"), disk.seek(12), disk.write(b"z")
+    disk.seek(2)
+    read = bytearray(12)
+    assert disk.readinto(read) == 12 and bytes(read) == b"cdEFgh\0\0\0\0z\0" and (tmp_path / "x").read_bytes() == b"abcdef"
+    with pytest.raises(OSError, match="No space left"), disk:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_chunk_is_written(tmp_path, number):
+    """HDF5 calls back into Python, and must not meet the error that a signal raises."""
+    def stop(*_):
+        raise KeyboardInterrupt("heard")
+
+    def write(self, data):
+        signal.raise_signal(number)
+        written.append(original(self, data))
+        return written[-1]
+
+    written, original, before = [], large._Unfailing.write, signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="heard"), CellWriter(tmp_path / "x.h5ad", chunk=16) as writer, \
+                patch.object(large._Unfailing, "write", write):
+            writer.append(some_cells(50))
+        assert len(written) > 3 and not list(tmp_path.iterdir()) and signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
 
 
 # ---- cells without end
