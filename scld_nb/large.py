@@ -104,22 +104,40 @@ class DiskCounts:
     Raises
     ------
     InputError
-        If there is no such file or layer, or the slot is empty, dense, CSC, not numeric or damaged.
+        If there is no such file or layer, or the slot is empty, dense, CSC, not numeric or damaged; later, if the file was changed.
     """
 
     def __init__(self, path: str | Path, *, layer: str | None = None):
         self.path = Path(path).expanduser()
         self._file = open_h5ad(self.path)
+        self._as_opened = self._state()
         try:
             self._open(layer)
         except InputError:
             self._file.close()
             raise
         except Exception as error:                             # h5py has many for a damaged file
-            self._file.close()
-            raise self._damaged(_one_line(error)) from None
+            with self._file:                                   # which closes it
+                raise self._damaged(_one_line(error)) from None
+
+    def _state(self) -> tuple[int, int]:
+        """Time of the last change and size of the open file, which is another one if its path was given to a new file."""
+        facts = os.fstat(self._file.id.get_vfd_handle())
+        return facts.st_mtime_ns, facts.st_size
+
+    def check_unchanged(self) -> None:
+        """Refuse what has just been read if the file is not as it was when it was opened.
+
+        Raises
+        ------
+        InputError
+            If somebody has written into it since.
+        """
+        if self._state() != self._as_opened:
+            raise InputError(f"{self.path} was changed while it was read; start again, and give a new version of it another name")
 
     def _damaged(self, why: str) -> InputError:
+        self.check_unchanged()                                 # says more than what became of it
         return InputError(f"cannot read {self.path} as .h5ad (damaged or cut off): {why}; write or copy it again")
 
     def _open(self, layer: str | None) -> None:
@@ -195,6 +213,7 @@ class DiskCounts:
             values, columns = self._data[start:stop], self._indices[start:stop]
         except Exception as error:
             raise self._damaged(_one_line(error)) from None
+        self.check_unchanged()
         if columns.size and (columns.min() < 0 or columns.max() >= self._n_genes):
             raise self._damaged(f"{self.slot} names columns beyond its {self._n_genes} genes")
         return values.astype(np.float32, copy=False), columns.astype(np.int32, copy=False)
@@ -411,6 +430,7 @@ class DiskCells:
                 raise ValueError(f"{len(values)} values for {n} cells")
         except Exception as error:                             # h5py, anndata and pandas have many for a damaged file
             raise self.counts._damaged(f"column {key!r} of obs cannot be read ({_one_line(error)})") from None
+        self.counts.check_unchanged()
         return values
 
     def records(self, *keys: str) -> dict:

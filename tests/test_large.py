@@ -1,6 +1,7 @@
 """Cells on disk: the reader, the order of minibatches, training, the growing file, and the command line."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -227,6 +228,30 @@ def test_damaged_arrays_are_refused_before_they_reach_compiled_code(tmp_path, re
     x = sp.csr_matrix(np.array([[1, 0, 2, 0], [0, 0, 0, 3]], dtype=np.float32))
     with pytest.raises(InputError, match=message):
         DiskReader(DiskCounts(put_matrix(tmp_path / "x.h5ad", x, **replaced)))
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_refused(tmp_path):
+    """In place, as `cp` does it; a new file under the old name leaves the open one as it is."""
+    path, cells = tmp_path / "a.h5ad", planted_cells(60)
+    cells.write_h5ad(path), planted_cells(60, seed=1).write_h5ad(tmp_path / "b.h5ad")
+    (tmp_path / "c.h5ad").write_bytes(path.read_bytes())
+    os.replace(tmp_path / "c.h5ad", path)
+    open_first = open_cells(path)
+    path.rename(tmp_path / "moved.h5ad")
+    shutil.copy(tmp_path / "b.h5ad", path)                      # another file
+    assert same(open_first.counts[:], cells.X) and open_first.obs("cell_type").shape == (60, 1)
+    reader = open_first.reader()
+    shuffle = BlockShuffle(reader, 8, seed=0, stage="a", block=8, buffer=2)
+    assert shuffle.read(0).shape == (8, 60)
+    shutil.copyfile(tmp_path / "b.h5ad", tmp_path / "moved.h5ad")
+    with pytest.raises(InputError, match=r"a.h5ad was changed while it was read; start again") as caught:
+        for step in range(1, 12):
+            shuffle.read(step)
+    shuffle.close()
+    assert "\n" not in str(caught.value)
+    for read in (lambda: open_first.counts[:3], lambda: open_first.take(np.arange(5)).counts[:], lambda: open_first.obs("cell_type")):
+        with pytest.raises(InputError, match="was changed while it was read"):
+            read()
 
 
 def test_rows_beyond_the_file(tmp_path):
