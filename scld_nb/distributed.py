@@ -8,6 +8,7 @@ __all__ = ['Result', 'Item', 'placed', 'TeamError', 'MainFailed', 'wait_limit', 
 # %% ../nbs/05_distributed.ipynb #c002
 import atexit
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -177,6 +178,35 @@ class Team:
 
         return wait
 
+    def _meet_until_all_are_done(self, done: threading.Event) -> None:
+        """Each process comes at once when it is done, and else several times per limit of waiting."""
+        working = torch.ones(1)
+        while working.item():
+            working = torch.tensor([0.0 if done.wait(min(30.0, wait_limit() / 4)) else 1.0])
+            with self._in_touch():
+                dist.all_reduce(working, op=dist.ReduceOp.MAX, group=self.control)
+
+    @contextmanager
+    def _patient(self) -> Iterator[None]:
+        """A block that all processes enter together and leave together, though some have much to do in it."""
+        done, lost = threading.Event(), []
+
+        def meet() -> None:
+            try:
+                self._meet_until_all_are_done(done)
+            except TeamError as error:
+                lost.append(error)
+
+        thread = threading.Thread(target=meet, name="scld-meeting", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if lost:
+            raise lost[0]
+
     def _hear(self, told: list) -> list:
         """``[went well, value]`` of the main process, on every process."""
         with self._in_touch():
@@ -185,26 +215,30 @@ class Team:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run a block on the main process, then on the others (one downloads or computes, the rest find it done).
+        """Run a block on the main process, then on the others (one downloads or computes, the rest find it done); all leave together.
 
         Raises
         ------
         MainFailed
             On the other processes, if the main one failed.
         """
-        if self.size > 1 and not self.is_main:
-            well, why = self._hear([None, None])
-            if not well:
-                raise MainFailed(f"process {self.rank} of {self.size} ends because the main process failed: {why}")
-        try:
+        if self.size == 1:
             yield
-        except BaseException as error:
-            if self.size > 1 and self.is_main:
+        elif self.is_main:
+            try:
+                with self._patient():
+                    yield
+            except BaseException as error:
                 with suppress(TeamError):
                     self._hear([False, f"{type(error).__name__}: {error}"])
-            raise
-        if self.size > 1 and self.is_main:
+                raise
             self._hear([True, None])
+            with self._patient():                    # the others' turn
+                pass
+        else:
+            self.on_main(lambda: None)
+            with self._patient():
+                yield
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """Do something on the main process only; every process gets the result.
@@ -218,13 +252,16 @@ class Team:
             return work()
         if self.is_main:
             try:
-                result = work()
+                with self._patient():
+                    result = work()
             except BaseException as error:
                 with suppress(TeamError):
                     self._hear([False, f"{type(error).__name__}: {error}"])
                 raise
             self._hear([True, result])
             return result
+        with self._patient():
+            pass
         well, value = self._hear([None, None])
         if not well:
             raise MainFailed(f"process {self.rank} of {self.size} ends because the main process failed: {value}")

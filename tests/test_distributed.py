@@ -509,6 +509,29 @@ def test_a_process_that_hangs_is_not_waited_for_without_end(team, tmp_path):
     assert first.status == 1 and "waited 10 s for it in vain" in first.said
 
 
+def _slowly(first: float, others: float = 0.0, last: float = 0.0, do=lambda: None):
+    """Work of the main process, which then does something to itself; the others' turn; the main process alone again."""
+    t = this_team("cpu")
+    with t.main_first():
+        time.sleep(first if t.is_main else others)
+        if t.is_main:
+            do()
+    return t.on_main(lambda: (time.sleep(last), "done")[1])
+
+
+def test_a_work_may_take_longer_than_the_limit_of_waiting(team):
+    """Where the others wait for the main process, and where it waits for them."""
+    assert values(team(3, _slowly, 0.0, 4.0, 4.0, SCLD_TIMEOUT_S="3").wait()) == ["done"] * 3
+
+
+@pytest.mark.parametrize("number, why, within", [(signal.SIGKILL, "lost another one", 4.0), (signal.SIGSTOP, "waited 6 s for it in vain", 30.0)])
+def test_a_main_process_that_goes_while_it_works_is_noticed(team, number, why, within):
+    begun = time.monotonic()
+    running = team(2, lambda: _slowly(1.0, do=lambda: os.kill(os.getpid(), number)), SCLD_TIMEOUT_S="6")
+    other = running.wait(only=1)[1]
+    assert other.status == 1 and why in other.said and time.monotonic() - begun < within + 10.0
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
 def test_a_signal_to_one_stops_all_at_one_step(team, tmp_path, number, status):
     told = team(2, lambda: _long(tmp_path, steps=60, at=33, do=lambda: (os.kill(os.getpid(), number), os.kill(os.getpid(), number)))).wait()
