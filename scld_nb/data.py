@@ -457,7 +457,7 @@ def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_ce
     return counts
 
 # %% ../nbs/00_data.ipynb #c033d1
-def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | None = None) -> list[str]:
+def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | np.ndarray | None = None) -> list[str]:
     """What is odd about whole numbers that pass for counts of genes, one sentence each.
 
     Parameters
@@ -887,7 +887,7 @@ def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = N
         raise InputError(f"layer must be the name of one layer, got {layer!r}")
 
     def build() -> ad.AnnData:
-        raw = source if isinstance(source, ad.AnnData) else read_dataset(info, path=path) if known else _read_h5ad(path)
+        raw = source if isinstance(source, ad.AnnData) else _read_h5ad(path) if path and not known else read_dataset(info, path=path)
         if layer == "raw" and "raw" not in raw.layers and raw.raw is not None:
             raw = raw.raw.to_adata()                           # with all of its genes
             counts = counts_matrix(raw, layer="X", allow_empty_cells=True)

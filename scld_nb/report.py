@@ -400,14 +400,14 @@ def html_page(report: Report, *, title: str | None = None) -> str:
     )
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in report.notes)
     doubts = "".join(f"<li>{html.escape(n[0].upper() + n[1:])}.</li>" for n in report.settings.get("doubts", []))
-    first = f'<section class="card"><h2>Before you read on</h2><ul>{doubts}</ul></section>' if doubts else ""
+    warned = f'<section class="card"><h2>Before you read on</h2><ul>{doubts}</ul></section>' if doubts else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{heading}</title><style>{_STYLE}</style></head><body><main>
 <header><h1>{heading}</h1>
 <p>Synthetic cells ({method}) were compared with as many real cells of {dataset}, given as cells that training has never seen. {html.escape(sentence)}</p></header>
-{first}
+{warned}
 <div class="facts">{boxes}</div>
 <section class="card"><h2>How to read this page</h2>
 <p>Each measure stands beside two controls that went through the same code. <b>Real vs real</b> compares held-out with training cells: a perfect generator would reach this, no better is needed.
