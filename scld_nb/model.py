@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'MSE', 'PAPER', 'MANY_CELLS', 'MANY', 'FORMAT', 'PARTS', 'Cells', 'CHUNK',
-           'Config', 'make_config', 'for_many_cells', 'read_labels', 'proportional', 'write_folder', 'read_folder',
-           'count_autoencoder_steps', 'count_denoiser_steps', 'SCLD']
+           'MOST', 'Config', 'make_config', 'for_many_cells', 'read_labels', 'proportional', 'write_folder',
+           'read_folder', 'count_autoencoder_steps', 'count_denoiser_steps', 'SCLD']
 
 # %% ../nbs/08_model.ipynb #c003
 import hashlib
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -319,18 +320,17 @@ def write_folder(
     if not any((folder / name).exists() for name in ("config.json", PARTS[0])) and (other := [name for name in PARTS if (folder / name).exists()]):
         raise InputError(f"{folder} holds {other[0]} but no model, and it would be replaced; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write = {
-        "weights.safetensors": lambda p: p.write_bytes(save(tensors)),
-        "genes.txt": lambda p: p.write_bytes("".join(f"{g}\n" for g in genes).encode()),
-        "labels.json": lambda p: p.write_bytes(json.dumps(labels, indent=1, ensure_ascii=False).encode()),
+    made = {
+        "weights.safetensors": lambda: save(tensors),
+        "genes.txt": lambda: "".join(f"{g}\n" for g in genes).encode(),
+        "labels.json": lambda: json.dumps(labels, indent=1, ensure_ascii=False).encode(),
     }
+    sums = {}
     for name in PARTS:
-        _replace(folder / name, write[name])
-    config = (
-        {"format": FORMAT, "version": __version__}
-        | config
-        | {"sha256": {name: file_sha256(folder / name) for name in PARTS}}
-    )
+        content = made[name]()
+        sums[name] = hashlib.sha256(content).hexdigest()         # of what was to be written: the file may be another's by now
+        _replace(folder / name, methodcaller("write_bytes", content))
+    config = {"format": FORMAT, "version": __version__} | config | {"sha256": sums}
     _replace(folder / "config.json", lambda p: p.write_bytes(json.dumps(config, indent=1).encode()))
 
 # %% ../nbs/08_model.ipynb #c025
@@ -863,6 +863,7 @@ class _Samples(_Draws):
 
 # %% ../nbs/08_model.ipynb #c036
 CHUNK = 16_384
+MOST = 10**9
 
 
 class _SamplesInChunks(_Samples):
@@ -879,6 +880,7 @@ class _SamplesInChunks(_Samples):
         ----------
         n, label, seed, keep, omega, **options
             See `sample`. A request of one chunk gives the cells of `sample`; with more, another ``chunk_size`` gives other cells.
+            Several chunks make fewer than 10**9 cells.
         chunk_size
             Cells per chunk.
 
@@ -903,7 +905,10 @@ class _SamplesInChunks(_Samples):
             return n_to_generate(size, share) if self.config.scope == "all" and 0 < share <= 1 else size
 
         full, rest = divmod(n - 1, chunk_size)                 # full chunks, and one of rest + 1 cells
-        left = proportional(full * to_draw(chunk_size) + to_draw(rest + 1), self.label_counts) if per_label is None else per_label
+        total = full * to_draw(chunk_size) + to_draw(rest + 1)
+        if full and total >= MOST:                             # numpy deals out fewer
+            raise InputError(f"chunks make fewer than {MOST:,} cells, those that the Scorer takes out included; got {total:,}; draw several times, each with another seed")
+        left = proportional(total, self.label_counts) if per_label is None else per_label
         for i in range(full + 1):
             size = chunk_size if i < full else rest + 1
             rng = np.random.default_rng(counter_seed(seed, "chunk labels", i))

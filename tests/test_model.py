@@ -480,6 +480,33 @@ def test_what_is_done_to_the_cells_afterwards_changes_nothing(cells, tiny):
     assert (model._reader.counts.toarray() == before).all()
 
 
+def test_two_that_save_into_one_folder_do_not_pass_for_one(cells, tiny, tiny_model, tmp_path, monkeypatch):
+    """The other one saves all of its model before this one's last file: checksums are of what was meant, not of what is there."""
+    other = SCLD(cells, "cell_type", device="cpu", seed=77, **tiny)
+    other.train(2, ae_steps=2, progress=False)
+    original, calls = model_module._replace, []
+
+    def replace(path, put):
+        calls.append(path.name)
+        if len(calls) == 4:
+            other.save(tmp_path)
+        original(path, put)
+
+    monkeypatch.setattr(model_module, "_replace", replace)
+    tiny_model.save(tmp_path)
+    assert calls[3] == "config.json"
+    with pytest.raises(InputError, match="weights.safetensors does not match"):
+        SCLD.load(tmp_path, device="cpu")
+
+
+def test_more_chunks_than_can_be_dealt_out_are_refused(tiny_model):
+    for n in (10**9, {"B": 10**9, "T": 1}):
+        with pytest.raises(InputError, match="chunks make fewer than 1,000,000,000 cells"):
+            next(tiny_model.sample_chunks(n, sampling_steps=2, progress=False))
+    most = tiny_model.sample_chunks(10**9 - 1, chunk_size=5, sampling_steps=2, progress=False)
+    assert next(most).n_obs == 5
+
+
 def test_files_of_somebody_else_are_not_replaced(tiny_model, tmp_path):
     (tmp_path / "genes.txt").write_text("my list")
     with pytest.raises(InputError, match="holds genes.txt but no model"):
