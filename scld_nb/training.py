@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -444,7 +445,12 @@ def save_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optim
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": keep(v) for k, v in state.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
+        try:
+            save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
+        except SafetensorError as error:                     # knows the number only, and in words
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise
 
 
 def checkpoint_facts(path: Path) -> dict:

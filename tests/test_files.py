@@ -1,11 +1,13 @@
 """Temporary names, what killed processes leave, and one writer at a time."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -37,6 +39,16 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_disk_that_refuses_names_the_file(tmp_path, number):
+    with pytest.raises(OSError) as told, replacing(tmp_path / "a.txt"):
+        raise OSError(number, "no")
+    assert told.value.errno == number and told.value.filename == str(tmp_path / "a.txt")
+    with pytest.raises(OSError) as told, replacing(tmp_path / "a.txt"):
+        raise OSError(number, "no", "another")
+    assert told.value.filename == "another"
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
@@ -107,6 +119,25 @@ def test_a_lock_ends_with_its_owner(tmp_path, capsys):
         owner.kill()
         owner.wait()
     assert list(shared.iterdir()) == []
+
+
+def test_who_waits_may_do_something_meanwhile(tmp_path, capsys):
+    calls = []
+    with ExitStack() as other:
+        other.enter_context(alone_in(tmp_path))
+
+        def meanwhile():
+            calls.append(1)
+            if len(calls) == 3:
+                other.close()
+
+        with alone_in(tmp_path, meanwhile):
+            assert len(calls) == 3
+            handle = os.open(tmp_path, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):               # it does hold the lock
+                files.fcntl.flock(handle, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB)
+            os.close(handle)
+    assert capsys.readouterr().err.count("waiting for") == 1
 
 
 def test_one_after_the_other_and_other_folders_do_not_wait(tmp_path, capsys):

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -650,6 +650,22 @@ def test_checkpoint_roundtrip_restores_everything(tmp_path):
     assert torch.equal(flat(other), flat(model)) and all(torch.equal(a, b) for a, b in zip(average, other_average))
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, other_optimizer.state_dict()["state"][i][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("number", [27, 28, 122])
+def test_a_checkpoint_that_the_disk_refuses_is_named(tmp_path, monkeypatch, number):
+    """The library says the number only in words; what it says of other faults stays."""
+    def refuse(tensors, path, metadata):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(training, "save_file", refuse)
+    text = f"Error while serializing: I/O error: not so (os error {number})"
+    with pytest.raises(OSError) as told:
+        run(steps=3, checkpoint=tmp_path / "c.safetensors")
+    assert told.value.errno == number and told.value.filename == str(tmp_path / "c.safetensors")
+    text = "something else"
+    with pytest.raises(SafetensorError, match="something else"):
+        run(steps=3, checkpoint=tmp_path / "c.safetensors")
 
 
 def test_no_pickle_in_a_checkpoint(tmp_path):
