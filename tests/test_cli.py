@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,12 @@ import torch
 from conftest import planted_cells
 from safetensors.torch import load_file
 
-from scld_nb import cli, data, evaluation, training
+from scld_nb import cli, data, evaluation, large, training
+from scld_nb import files as scld_files
 from scld_nb import model as model_module
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
 from scld_nb.data import InputError
+from scld_nb.files import HOST, alone_in
 from scld_nb.large import load_on_disk
 from scld_nb.model import SCLD
 
@@ -134,6 +137,7 @@ def test_version_and_help_of_commands(capsys):
         ("train pbmc68k_reduced -o m --seed -1", "'--seed'"),
         ("sample m -o x.h5ad", "'-n'"),
         ("sample m -n 0 -o x.h5ad", "'-n'"),
+        ("sample m -n 1000000000 -o x.h5ad", "'-n'"),
         ("sample m -n 5 -o x.h5ad --omega high", "'--omega'"),
         ("sample m -n 5 -o x.h5ad extra", "extra"),
         ("evaluate a.h5ad", "see 'scld evaluate --help'"),
@@ -401,6 +405,52 @@ def test_a_training_that_ended_while_clearing_up_is_finished(trained, files, tmp
     assert "trained already" in capsys.readouterr().out and not (copy / "checkpoints").exists()
 
 
+def test_a_training_waits_for_another_one_in_its_folder(trained, files, tmp_path, capsys, monkeypatch):
+    """What is there is looked at when the other one is done."""
+    monkeypatch.setattr(SCLD, "train", lambda *a, **k: pytest.fail("training began"))
+    line, ends, said = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 150 --device cpu {SETTINGS}", [], ""
+    thread = threading.Thread(target=lambda: ends.append(call(line)))
+    with alone_in(tmp_path / "m"):
+        thread.start()
+        while "waiting for another process that works in m" not in said:
+            said += capsys.readouterr().err
+            assert thread.is_alive()
+        shutil.copytree(trained, tmp_path / "m", dirs_exist_ok=True)
+    thread.join(60)
+    assert ends == [0] and "trained already; nothing to do" in capsys.readouterr().out
+
+
+def test_lost_cells_of_a_finished_model_are_written_again(trained, files, tmp_path, capsys, monkeypatch):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    monkeypatch.setattr(SCLD, "train", lambda *a, **k: pytest.fail("training began"))
+    line = f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}"
+    for lost, said in ((["test.h5ad"], "only test.h5ad had"), (["train.h5ad", "test.h5ad"], "only train.h5ad and test.h5ad had"), ([], "nothing to do")):
+        for name in lost:
+            (copy / name).unlink()
+        capsys.readouterr()
+        assert call(line) == 0 and f"trained already; {said}" in capsys.readouterr().out
+        for name in ("train.h5ad", "test.h5ad"):
+            one, other = (ad.read_h5ad(folder / name) for folder in (copy, trained))
+            assert (one.X != other.X).nnz == 0 and one.obs.equals(other.obs)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("weights.safetensors", None, "weights.safetensors is missing"), ("weights.safetensors", b"half", "weights.safetensors does not match"),
+    ("config.json", b"{", "config.json is damaged"), ("config.json", b"[]", "is not a model description")])
+def test_half_a_model_is_told_from_another_one(refuse, trained, files, tmp_path, name, content, message):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+    text = refuse(f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}")
+    assert message in text and text.endswith("; give --overwrite to train it anew, or another folder") and "save" not in text.split("/")[-1]
+
+
+def test_a_model_of_a_later_version_is_not_called_incomplete(refuse, trained, files, tmp_path):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"format": 99}))
+    text = refuse(f"train {files}/cells.h5ad -o {copy} --labels cell_type --steps 150 --device cpu {SETTINGS}")
+    assert "upgrade scld_nb" in text and "--overwrite" not in text
+
+
 def test_a_damaged_model_is_not_taken_for_a_finished_one(refuse, trained, files, tmp_path):
     copy = Path(shutil.copytree(trained, tmp_path / "copy"))
     (copy / "genes.txt").write_text("other\n")
@@ -412,7 +462,8 @@ def test_an_unfinished_training_is_not_replaced_unasked(refuse, files, tmp_path,
     begun.mkdir(parents=True)
     (begun / "autoencoder.safetensors").write_bytes(b"damaged")
     line = f"train {files}/cells.h5ad -o {tmp_path}/begun --labels cell_type --steps 2 {SETTINGS}"
-    assert "there is an unfinished training in" in refuse(line)
+    text = refuse(line)
+    assert "there is an unfinished training in" in text and "autoencoder.safetensors is damaged; delete" in text and "other cells" not in text
     assert (begun / "autoencoder.safetensors").exists()
     capture = main([*shlex.split(line), "--resume"])  # a damaged checkpoint
     assert capture == 2
@@ -562,6 +613,11 @@ def test_anything_else_is_one_line_and_status_1(trained, tmp_path, capsys, monke
     [
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (RuntimeError("I/O error: File too large (os error 27)"), 2, "no file may become that large here (I/O error: File too large (os error 27)); raise"),
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), 2, "the quota of this disk is used up"),
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), 2, "the disk refuses (I/O error: Read-only"),
+        (OSError(errno.EFBIG, "File too large", "/x"), 2, "File too large: '/x'); raise the limit (ulimit -f), or write to another disk"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x"), 2, "Disk quota exceeded: '/x'); make room"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             2,
@@ -608,6 +664,43 @@ def test_ctrl_c_while_sampling(trained, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "scld: interrupted\n" and not (tmp_path / "x.h5ad").exists()
 
 
+@pytest.mark.parametrize("more", ["", "--chunk-size 5"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_while_sampling_leaves_nothing(trained, tmp_path, capsys, monkeypatch, more, times):
+    """Of several signals, as launchers send them, the first one counts."""
+    before, found, replacing = signal.getsignal(signal.SIGTERM), [], scld_files.replacing
+
+    @contextmanager
+    def stopped(path):
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                found.append(temporary.exists())
+                for _ in range(times - 1):
+                    signal.raise_signal(signal.SIGTERM)
+            yield temporary
+
+    for place in (scld_files, large):
+        monkeypatch.setattr(place, "replacing", stopped)
+    assert call(f"sample {trained} -n 12 -o {tmp_path}/x.h5ad {more}") == 143
+    assert found == [True] and not list(tmp_path.iterdir()) and capsys.readouterr().err == "scld: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", ["train.h5ad", "test.h5ad"])
+def test_the_cells_of_a_model_are_not_replaced_by_drawn_ones(refuse, trained, tmp_path, monkeypatch, name):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    before = listing(copy)
+    monkeypatch.setattr(SCLD, "_generate", lambda *a, **k: pytest.fail("sampling began"))
+    (tmp_path / "link").symlink_to(copy)
+    for folder in (copy, tmp_path / "link"):
+        assert f"{name} is where scld train keeps cells of the model in" in refuse(f"sample {trained} -n 5 -o {folder}/{name}")
+    monkeypatch.undo()
+    assert listing(copy) == before and call(f"sample {trained} -n 5 -o {copy}/synth.h5ad") == call(f"sample {trained} -n 5 -o {tmp_path}/{name}") == 0
+
+
 def test_a_reader_that_goes_away(capsys, monkeypatch):
     monkeypatch.setattr(cli.typer, "echo", raising(BrokenPipeError()))
     before = sys.stdout
@@ -639,11 +732,18 @@ def test_unwritable_folder(tmp_path, monkeypatch):
 
 
 def test_foreign_files_among_checkpoints_stay(tmp_path):
+    """What another process is writing just now stays as well."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
     (tmp_path / "checkpoints").mkdir()
-    for name in ("autoencoder.safetensors", "denoiser.safetensors.77.tmp", "notes.txt"):
+    live = {f".denoiser.safetensors.{HOST}.{os.getpid()}.tmp", ".autoencoder.safetensors.elsewhere.7.tmp"}
+    for name in {"autoencoder.safetensors", f".denoiser.safetensors.{HOST}.{process.pid}.tmp", "notes.txt"} | live:
         (tmp_path / "checkpoints" / name).write_text("")
+    for number in (process.pid, os.getpid()):
+        (tmp_path / f".genes.txt.{HOST}.{number}.tmp").write_text("")
     drop_checkpoints(tmp_path)
-    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["notes.txt"]
+    assert {f.name for f in (tmp_path / "checkpoints").iterdir()} == {"notes.txt"} | live
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoints", f".genes.txt.{HOST}.{os.getpid()}.tmp"}
 
 
 # ---- trainings that are stopped
@@ -673,18 +773,53 @@ def test_a_signal_leaves_a_checkpoint(files, tmp_path, monkeypatch, capsys, unin
     monkeypatch.setattr(training, "diffusion_loss", interrupted)
     line = f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}"
     assert call(line) == status
-    assert capsys.readouterr().err == "scld: stopped; the same command with --resume goes on from the last checkpoint\n"
+    assert capsys.readouterr().err == "scld: stopped; the same command goes on from the last checkpoint\n"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert len(calls) == 14 and not (tmp_path / "m/config.json").exists()
     assert call(line, "--resume") == 0
     assert len(calls) == 30 and same_weights(tmp_path / "m", uninterrupted)  # nothing was done twice
 
 
+def test_overwriting_goes_on_as_well(files, trained, tmp_path, monkeypatch, capsys, uninterrupted, refuse):
+    """The command that was stopped, given again, --overwrite included."""
+    copy, calls, original = Path(shutil.copytree(trained, tmp_path / "m")), [], training.diffusion_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "diffusion_loss", interrupted)
+    line = f"train {files}/cells.h5ad -o {copy} --overwrite {TRAIN}"
+    assert call(line) == 143
+    text = capsys.readouterr().err
+    assert "the same command goes on" in text and "--resume" not in text
+    assert call(line) == 0 and "going on with what was begun" in capsys.readouterr().out
+    assert len(calls) == 30 and same_weights(copy, uninterrupted)
+    assert call(line) == 0 and len(calls) == 60                 # finished: that is replaced, as it was asked for
+
+
+def test_overwriting_does_not_go_on_with_another_training(files, tmp_path, monkeypatch):
+    calls, original = [], training.diffusion_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "diffusion_loss", interrupted)
+    line = f"train {files}/cells.h5ad -o {tmp_path}/m --overwrite {TRAIN}"
+    assert call(line) == 143
+    assert call(line, "--seed", "1") == 0 and len(calls) == 35
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys, number, status):
     monkeypatch.setattr(SCLD, "_train_scorer", lambda *a: signal.raise_signal(number))
     assert call(f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}") == status
-    assert "--resume" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_the_first_stage_ends_the_command(files, tmp_path, monkeypatch, uninterrupted):

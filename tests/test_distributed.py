@@ -618,6 +618,41 @@ def test_accelerate_launch_trains_and_samples_as_the_plain_command(tmp_path, cel
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_team_that_waits_for_a_folder_stays_together(team, tmp_path):
+    """Longer than a process waits for another one; then one of them alone holds the lock."""
+    def work():
+        with cli.alone_with(this_team("cpu"), tmp_path / "m"):
+            return time.monotonic()
+
+    hold = "import sys, time; from scld_nb.files import alone_in\nwith alone_in(sys.argv[1]): print(flush=True); time.sleep(600)"
+    owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "m")], stdout=subprocess.PIPE)   # a lock held here would be inherited
+    try:
+        owner.stdout.readline()
+        running = team(2, work, SCLD_TIMEOUT_S="3")
+        until = time.monotonic() + ENDS
+        while "waiting for another process" not in (log.read_text() if (log := running.folder / "0.log").exists() else ""):
+            assert time.monotonic() < until and running.processes[0].is_alive()
+            time.sleep(0.05)
+        time.sleep(4)
+        free = time.monotonic()
+    finally:
+        owner.kill()
+        owner.communicate()
+    told = running.wait()
+    assert all(t > free for t in values(told)) and "waiting" not in told[1].said
+
+
+def test_a_folder_that_cannot_be_locked_ends_all(team, tmp_path):
+    (tmp_path / "file").touch()
+
+    def work():
+        with cli.alone_with(this_team("cpu"), tmp_path / "file" / "m"):
+            return None
+
+    told = team(2, work).wait()
+    assert [t.status for t in told] == [1, 1] and "NotADirectoryError" in told[0].said and "MainFailed" in told[1].said
+
+
 def test_notebook_launcher_trains_what_a_plain_call_trains(tmp_path, cells30):
     from accelerate import notebook_launcher
 

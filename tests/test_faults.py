@@ -202,6 +202,16 @@ def test_two_reproductions_into_one_folder(reproduce, share):
     same(contents(folder), reproduce.wanted)
 
 
+@pytest.mark.parametrize("share", [0.3, pytest.param(0.0, marks=pytest.mark.slow), pytest.param(0.8, marks=pytest.mark.slow)])
+def test_two_trainings_into_one_folder(train, share):
+    """The second one waits, and finds the work done; what is written is written once."""
+    folder, ends = train.run(train.fresh(), {}, {"after": share * train.seconds})
+    assert [end.status for end in ends] == [0, 0], "\n".join(end.said for end in ends)
+    assert sorted(end.named for end in ends) == [0, train.named]
+    assert sum("trained already; nothing to do" in end.said for end in ends) == 1
+    same(contents(folder), train.wanted)
+
+
 def test_two_samplings_into_one_file(sample):
     other = Kind(sample.server, "sample", sample.base / "other", do="cli", args=[*sample.call["args"], "--seed", "1"])
     assert other.wanted != sample.wanted
