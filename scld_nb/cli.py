@@ -479,6 +479,9 @@ def train(
         model.save(output)
         drop_checkpoints(output)
 
+    kept = (2 * parts["test"].n_obs if split else 0) if backed else None
+    space = partial(check_space, output, model, cells, kept)
+    team.on_main(lambda: None if output.exists() else space())      # before the folder is made
     with alone_with(team, output):
         there = team.on_main(begin)
         if there != "begun":
@@ -489,8 +492,7 @@ def train(
             again = f"only {' and '.join(f'{name}.h5ad' for name in lost)} had to be written again" if lost else "nothing to do"
             say(f"the model in {output} is trained already; {again}")
             return
-        kept = (2 * parts["test"].n_obs if split else 0) if backed else None
-        team.on_main(lambda: check_space(output, model, cells, kept))
+        team.on_main(space)
         say(
             f"training on {parts['train'].n_obs:,} cells x {cells.n_vars:,} genes, {len(model.labels)} label{'s' * (len(model.labels) > 1)} in {key!r}, "
             + (f"{parts['test'].n_obs:,} test cells kept apart, " if split else "")

@@ -474,7 +474,7 @@ def test_too_little_space(refuse, files, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     monkeypatch.setattr(SCLD, "train", lambda *a, **k: pytest.fail("training began"))
     text = refuse(f"train {files}/cells.h5ad -o m --labels cell_type {SETTINGS}")
-    assert "has 0 MiB free, training needs about" in text
+    assert "has 0 MiB free, training needs about" in text and not Path("m").exists()
 
 
 def test_space_needed_is_enough(trained, files, tmp_path, monkeypatch):
