@@ -794,7 +794,7 @@ def _proportions(labels: dict, key: str) -> list[str]:
                      f"measured of all cells together measures that too; draw as many of each as there are, model.sample(real.obs[{key!r}].value_counts()), or compare one label")
     lacking = table.index[table["synthetic"] == 0]
     if (left := float(share["real"][lacking].sum())) > 0.01:
-        found.append(f"{left:.0%} of the real cells have labels that no synthetic cell has: {', '.join(map(str, lacking[:5]))}{', ...' * (len(lacking) > 5)}")
+        found.append(f"{left:.0%} of the real cells have labels that no synthetic cell has: {', '.join(map(str, lacking[:5]))}{' and others' * (len(lacking) > 5)}")
     return found
 
 
