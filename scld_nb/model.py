@@ -826,7 +826,7 @@ class _Samples(_Draws):
             omega,
             generated=generated,
             keep=keep,
-            label=label,
+            label=None if omega == -1 else label,
             seed=seed,
             sampler=sampler,
             steps=steps,
@@ -1134,6 +1134,8 @@ class _Learns(_SamplesInChunks):
         size, notes = self.config.batch_size, []
         if few and len(self.labels) > 1:
             notes.append(f"labels with fewer than 10 cells are learned mostly from the others: {', '.join(few[:5] + ['...'] * (len(few) > 5))}")
+        if missing := [name for name in self.labels if name.strip().lower() in ("", "nan", "none", "na")]:
+            notes.append(f"{missing[0]!r} is learned as a label like any other; if it means that cells have none, leave them out")
         if len(self.labels) == 1:
             notes.append("all cells have one label, so label and omega make no difference")
         if len(self._codes) < size:

@@ -582,6 +582,14 @@ def test_labels_that_are_not_drawn_are_no_categories(tiny_model, tmp_path):
         tiny_model.sample_to(tmp_path / f"{name}.h5ad", 5, keep=1, progress=False, **options)
         there = ad.read_h5ad(tmp_path / f"{name}.h5ad").obs["cell_type"]
         assert there.isna().all() if name == "holistic" else list(there.cat.categories) == ["T"]
+    assert tiny_model.sample(5, "T", omega=-1, keep=1, progress=False).uns["scld"]["label"] == ""      # labels are ignored there
+
+
+def test_missing_labels_as_text_are_named(cells, tiny, tiny_model):
+    odd = cells.copy()
+    odd.obs["cell_type"] = odd.obs["cell_type"].astype(str).replace({"T": "nan"})
+    with pytest.warns(UserWarning, match="'nan' is learned as a label like any other"):
+        SCLD(odd, "cell_type", device="cpu", **tiny).train(2, autoencoder=tiny_model, scorer=False, progress=False)
 
 
 def test_what_is_no_count_of_a_gene_is_said_at_once(cells, tiny):
