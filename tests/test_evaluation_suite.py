@@ -123,7 +123,7 @@ def test_suite_controls_are_reused(groups, whole, monkeypatch):
     quick = evaluate(real, synthetic(fake), train=train, **QUICK).controls
     added = evaluate(real, synthetic(fake, "counts", fake.X), controls=quick, **options)  # those of a quick report are completed
     assert added.controls["suite"] == stored["suite"] and added.records == whole.records
-    with pytest.raises(InputError, match="lack the suite"):
+    with pytest.raises(InputError, match="made with training cells: give train too"):
         evaluate(real, synthetic(fake, "counts", fake.X), controls=quick, suite=True, **QUICK)
     monkeypatch.setattr(evaluation, "_suite_controls", lambda *a: pytest.fail("computed again"))
     assert evaluate(real, synthetic(fake, "counts", fake.X), controls=stored, **options).records == whole.records
