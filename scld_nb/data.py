@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import anndata as ad
+import h5py
 import igraph
 import numpy as np
 import pandas as pd
@@ -776,6 +777,10 @@ def not_h5ad(path: str | Path) -> str:
         return f"a folder of Cell Ranger is not read here; scanpy.read_10x_mtx({text!r}).write_h5ad('cells.h5ad') makes a file that is"
     ways = {".h5": "scanpy.read_10x_h5({0!r})", ".loom": "anndata.io.read_loom({0!r})", ".csv": "scanpy.read_csv({0!r})", ".mtx": "scanpy.read_mtx({0!r}).T",
             ".tsv": "scanpy.read_text({0!r})", ".txt": "scanpy.read_text({0!r})"}
+    if path.suffix == ".h5" and h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            if {"X", "obs", "var"} <= set(file):               # AnnData under a shorter name
+                return ""
     if (way := ways.get(path.suffix)) and path.exists():
         return f"only .h5ad is read here; {way.format(text)}.write_h5ad('cells.h5ad') makes such a file, if rows are cells"
     if path.suffix in (".gz", ".zip", ".bz2") and path.exists():

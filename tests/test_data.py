@@ -1285,6 +1285,13 @@ def test_files_of_other_kinds_are_recognised(tmp_path, name, way):
         assert name in one_line(caught)
 
 
+def test_anndata_under_a_shorter_name_is_read(own_file, tmp_path):
+    path = tmp_path / "cells.h5"
+    path.write_bytes(own_file.read_bytes())
+    with pytest.warns(UserWarning, match="are left out"):
+        assert load(path, labels="kind").n_obs == load_on_disk(path, labels="kind").n_obs == 90
+
+
 def test_a_folder_of_cell_ranger_is_recognised(tmp_path):
     (tmp_path / "matrix.mtx.gz").write_bytes(b"")
     with pytest.raises(InputError, match="read_10x_mtx"):
