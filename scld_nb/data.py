@@ -112,7 +112,7 @@ class DatasetInfo:
         """Checksum as pooch spells it: "sha256:..." if known, else "md5:...", else None."""
         return f"sha256:{self.sha256}" if self.sha256 else f"md5:{self.md5}" if self.md5 else None
 
-
+# %% ../nbs/00_data.ipynb #c010b
 _10X = "://cf.10xgenomics.com/samples/cell-exp/"
 DATASETS: dict[str, DatasetInfo] = {info.name: info for info in (
     DatasetInfo(
@@ -159,7 +159,7 @@ def _overrides() -> dict[str, dict]:
         raise InputError(f"SCLD_DATASETS={path} must be a JSON file {{name: {{field: value}}}}: {_one_line(error)}") from None
     return table
 
-
+# %% ../nbs/00_data.ipynb #c012b
 def dataset_info(name: str | DatasetInfo) -> DatasetInfo:
     """Facts about a known data set, after the overrides of `SCLD_DATASETS`.
 
@@ -207,7 +207,7 @@ def _as_known(path: Path, known: str | None) -> bool:
 def _quiet() -> bool:
     return bool(os.environ.get("IN_TEST") or os.environ.get("TQDM_DISABLE"))
 
-
+# %% ../nbs/00_data.ipynb #c017b
 def _why(error: Exception, url: str) -> str:
     """Why a download failed, in a few words."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -288,7 +288,7 @@ def _read_10x_mex(path: Path, genome: str) -> ad.AnnData:
         obs=pd.DataFrame(index=pd.Index(cells[0].to_numpy(), dtype=object)),
         var=pd.DataFrame({"gene_ids": genes[0].to_numpy()}, index=pd.Index(genes[1].to_numpy(), dtype=object)))
 
-
+# %% ../nbs/00_data.ipynb #c025b
 def recover_counts(adata: ad.AnnData) -> sp.csr_matrix:
     """Integer counts of `pbmc68k_reduced`, undone from the rounded log1p values in its `.raw`.
 
@@ -317,7 +317,7 @@ def recover_counts(adata: ad.AnnData) -> sp.csr_matrix:
     counts.data = whole
     return counts.astype(np.float32)
 
-
+# %% ../nbs/00_data.ipynb #c026a
 def read_dataset(name: str | DatasetInfo, *, path: str | Path | None = None) -> ad.AnnData:
     """Raw counts of a known data set, before any filter.
 
@@ -380,7 +380,7 @@ def _check_values(values: np.ndarray, slot: str) -> None:
         raise InputError(f"{slot} holds non-integer values (e.g. {values[broken][0]:.4g}, greatest {values.max():.4g}): "
                          f"it looks {what}, not counts{mend}{estimated}")
 
-
+# %% ../nbs/00_data.ipynb #c031b
 def _raw_x(adata: ad.AnnData):
     """The values of `adata.raw` for the genes of `adata`."""
     names = adata.raw.var_names
@@ -398,7 +398,7 @@ def _whole_in_raw(adata: ad.AnnData, slot: str) -> bool:
     values = np.asarray(x.data if sp.issparse(x) else x).ravel()
     return bool(np.isreal(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
 
-
+# %% ../nbs/00_data.ipynb #c031e
 def counts_matrix(adata: ad.AnnData, *, layer: str | None = None, allow_empty_cells: bool = False) -> sp.csr_matrix:
     """The integer counts of an AnnData, checked, as CSR float32; sparse input is never made dense.
 
@@ -483,16 +483,13 @@ def doubts(by_cell: np.ndarray, by_gene: np.ndarray, kinds: Sequence[str] | np.n
         found.append(f"all cells hold nearly the same number of counts ({size.min():.0f} to {size.max():.0f}): rounded CPM or TPM, not counts?")
     return found
 
-
+# %% ../nbs/00_data.ipynb #c033d1b
 def doubts_about(counts: sp.csr_matrix, var: pd.DataFrame) -> list[str]:
     """`doubts` about counts in memory, (n_cells, n_genes), with the facts about their genes."""
     by_cell, by_gene = (np.asarray(counts.sum(axis=axis, dtype=np.float64)).ravel() for axis in (1, 0))
     return doubts(by_cell, by_gene, var.get("feature_types"))
 
 # %% ../nbs/00_data.ipynb #c036
-TRANSFORMS = ("log1p", "none")
-
-
 def library_normalize(counts, target_sum: float = TARGET_SUM) -> sp.csr_matrix:
     """Scale every cell to the same total; a cell without counts stays zero.
 
@@ -512,6 +509,9 @@ def library_normalize(counts, target_sum: float = TARGET_SUM) -> sp.csr_matrix:
     total = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
     scale = np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
     return sp.csr_matrix((out.data * np.repeat(scale, np.diff(out.indptr)), out.indices, out.indptr), shape=out.shape)
+
+# %% ../nbs/00_data.ipynb #c036a
+TRANSFORMS = ("log1p", "none")
 
 
 def _elementwise(x, function: Callable):
@@ -609,7 +609,7 @@ def _by_size(labels) -> pd.Categorical:
     rank[np.argsort(-np.bincount(codes), kind="stable")] = np.arange(len(names))
     return pd.Categorical.from_codes(rank[codes], categories=[str(k) for k in range(len(names))])
 
-
+# %% ../nbs/00_data.ipynb #c047b
 def _variable_genes(work: ad.AnnData) -> ad.AnnData:
     sc.pp.filter_genes(work, min_counts=1)
     if work.n_vars > 1000:
@@ -632,7 +632,7 @@ def _neighbour_graph(counts: sp.csr_matrix, n_pcs: int, seed: int, advance: Call
     advance()
     return work
 
-
+# %% ../nbs/00_data.ipynb #c047d
 def _communities(work: ad.AnnData, resolution: float, seed: int, flavor: str) -> pd.Categorical:
     if flavor == "vtraag":
         sc.tl.louvain(work, resolution=resolution, random_state=seed, flavor="vtraag")
@@ -645,7 +645,7 @@ def _communities(work: ad.AnnData, resolution: float, seed: int, flavor: str) ->
     finally:
         igraph.set_random_number_generator(random)
 
-
+# %% ../nbs/00_data.ipynb #c047f
 def cluster(adata: ad.AnnData, *, resolution: float = 0.15, n_pcs: int = 50, seed: int = 0, n_clusters: int | None = None,
             flavor: str = "vtraag", key_added: str = "louvain") -> ad.AnnData:
     """Louvain clusters of raw counts, as scGAN made them; ids by descending size.
@@ -722,7 +722,7 @@ def _versions() -> dict[str, str]:
             found[package] = "not installed"
     return found
 
-
+# %% ../nbs/00_data.ipynb #c054b
 def preprocess(adata: ad.AnnData, *, layer: str | None = None, min_genes: int = 10, min_cells: int = 3,
                target_sum: float = TARGET_SUM) -> ad.AnnData:
     """Filter cells, then genes, then scale every cell to one library size: scGAN's order, without a logarithm.
@@ -802,7 +802,7 @@ def _read_h5ad(path: Path) -> ad.AnnData:
     except Exception as error:  # h5py and anndata have many for a damaged file
         raise InputError(f"cannot read {path} as .h5ad (not AnnData, or cut off): {_one_line(error)}") from None
 
-
+# %% ../nbs/00_data.ipynb #c058b
 def _check_few(column: pd.Series, key: str) -> None:
     """Refuse a column of `obs` that numbers or names single cells instead of kinds of them."""
     if pd.api.types.is_float_dtype(column) and (column % 1 != 0).any():
@@ -827,7 +827,7 @@ def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
         column.unique(), key=lambda name: (not str(name).isdecimal(), int(name) if str(name).isdecimal() else 0, str(name)))
     return pd.Categorical(column.astype(str), categories=list(dict.fromkeys(map(str, names))))
 
-
+# %% ../nbs/00_data.ipynb #c058e
 def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData:
     """Labels from `obs`, or Louvain clusters; then the filters. Labels come first, as in scGAN."""
     if clustered := key is None and info.labels_key not in raw.obs:
@@ -845,7 +845,7 @@ def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData
     out.uns["scld_data"] |= {"labels_key": key, "labels": "clustered" if clustered else "from the file"}
     return out
 
-
+# %% ../nbs/00_data.ipynb #c058g
 def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = None, labels: str | None = None,
          cache: bool | str | Path | None = None) -> ad.AnnData:
     """A known data set, an `.h5ad` file or cells in memory, checked, labelled, filtered and normalised.
@@ -918,7 +918,7 @@ def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = N
         return build()
     return _cached(data_dir() if cache is None or cache is True else Path(cache), info, path, build)
 
-
+# %% ../nbs/00_data.ipynb #c058i
 def _cached(folder: Path, info: DatasetInfo, path: Path, build: Callable[[], ad.AnnData]) -> ad.AnnData:
     """The result of `build`, kept under a name made of the source's checksum, the facts used and all versions."""
     key = json.dumps([file_sha256(path), repr(info), _versions(), TARGET_SUM], sort_keys=True)
@@ -997,7 +997,7 @@ def split(adata: ad.AnnData, *, test_size: float = 0.2, n_test: int | None = Non
         both.append(part)
     return both[0], both[1]
 
-
+# %% ../nbs/00_data.ipynb #c063b
 def default_split(adata: ad.AnnData, seed: int = 0) -> tuple[ad.AnnData, ad.AnnData]:
     """The split used in the experiments: 7,000 or 2,000 test cells for the paper's sets, 20 % otherwise."""
     n_test = int(adata.uns.get("scld_data", {}).get("n_test", 0)) or None
