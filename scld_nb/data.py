@@ -845,6 +845,29 @@ def _labelled(raw: ad.AnnData, key: str | None, info: DatasetInfo) -> ad.AnnData
     out.uns["scld_data"] |= {"labels_key": key, "labels": "clustered" if clustered else "from the file"}
     return out
 
+# %% ../nbs/00_data.ipynb #c058e2
+def _identified(source: str | Path | DatasetInfo | ad.AnnData) -> tuple[DatasetInfo, Path | None]:
+    """The facts about what `load` is given, and the path of a user's file; ``None`` for known sets, which are yet to be fetched, and AnnData."""
+    if isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()}):
+        return dataset_info(source), None
+    if isinstance(source, ad.AnnData):
+        return DatasetInfo("cells", kind="h5ad", origin="user's AnnData"), None
+    if not isinstance(source, str | Path):
+        raise InputError(f"give the name of a known data set, a path or an AnnData, got {type(source).__name__}")
+    if way := not_h5ad(source):
+        raise InputError(f"{source}: {way}")
+    if not str(source).endswith(".h5ad") and not Path(source).is_file():
+        dataset_info(str(source))  # raises, listing what is known
+    return DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
+
+
+def _counts_sha256(counts: sp.csr_matrix) -> str:
+    """SHA-256 of the counts of cells that come from no file."""
+    digest = hashlib.sha256(repr(counts.shape).encode())
+    for part in (counts.data, counts.indices, counts.indptr):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
 # %% ../nbs/00_data.ipynb #c058g
 def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = None, labels: str | None = None,
          cache: bool | str | Path | None = None) -> ad.AnnData:
@@ -873,21 +896,11 @@ def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = N
     InputError
         Unknown name, missing or unreadable file, wrong counts or labels; one line.
     """
-    if known := isinstance(source, DatasetInfo) or (isinstance(source, str) and source in {**DATASETS, **_overrides()}):
-        info = dataset_info(source)
+    info, path = _identified(source)
+    if known := path is None and not isinstance(source, ad.AnnData):
         if layer is not None:
             raise InputError(f"layer={layer!r} is for .h5ad files; dataset {info.name!r} has its counts in X")
         path = fetch(info)
-    elif isinstance(source, ad.AnnData):
-        info, path = DatasetInfo("cells", kind="h5ad", origin="user's AnnData"), None
-    elif not isinstance(source, str | Path):
-        raise InputError(f"give the name of a known data set, a path or an AnnData, got {type(source).__name__}")
-    else:
-        if way := not_h5ad(source):
-            raise InputError(f"{source}: {way}")
-        if not str(source).endswith(".h5ad") and not Path(source).is_file():
-            dataset_info(str(source))  # raises, listing what is known
-        info, path = DatasetInfo(Path(source).stem, kind="h5ad", origin="user file"), Path(source).expanduser()
     if not isinstance(layer, str | None):
         raise InputError(f"layer must be the name of one layer, got {layer!r}")
 
@@ -905,13 +918,9 @@ def load(source: str | Path | DatasetInfo | ad.AnnData, *, layer: str | None = N
             facts = out.uns["scld_data"]
             warnings.warn(f"{raw.n_obs - out.n_obs} of {raw.n_obs} cells are left out, they have fewer than {facts['min_genes']} genes; of genes seen in "
                           f"fewer than {facts['min_cells']} cells {raw.n_vars - out.n_vars} of {raw.n_vars}", stacklevel=3)
-        if path is None:
-            digest = hashlib.sha256(repr(counts.shape).encode())
-            for part in (counts.data, counts.indices, counts.indptr):
-                digest.update(np.ascontiguousarray(part).tobytes())
         out.uns["scld_data"] |= {"name": info.name, "kind": info.kind, "origin": info.origin, "file": "" if path is None else path.name,
-                                 "sha256": digest.hexdigest() if path is None else file_sha256(path), "n_test": info.n_test or 0, "n_valid": info.n_valid,
-                                 "tissue": info.tissue}
+                                 "sha256": _counts_sha256(counts) if path is None else file_sha256(path), "n_test": info.n_test or 0,
+                                 "n_valid": info.n_valid, "tissue": info.tissue}
         return out
 
     if cache is False or not info.kind.startswith("10x") or labels is not None or path is None:
