@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
@@ -57,12 +57,17 @@ except ImportError:                                            # anndata 0.10
 SLICE = 2_000_000      # most entries of one read: 16 MB as float32 values and int32 columns
 GAP = 16_384           # entries of unwanted cells that are read through rather than jumped over
 
-MEND = {
-    "csc": "rewrite it once: adata.X = adata.X.tocsr(); adata.write_h5ad(...)",
-    "dense": "rewrite it once: adata.X = scipy.sparse.csr_matrix(adata.X); adata.write_h5ad(...)",
-}
 
+def _reads(first: np.ndarray, end: np.ndarray) -> Iterator[slice]:
+    """Which of some cells to read together, if their entries begin and end at these ascending places of the file."""
+    i = 0
+    for bound in (*(np.flatnonzero(first[1:] - end[:-1] > GAP) + 1), len(first)):
+        while i < bound:
+            j = i + max(1, int(np.searchsorted(end[i:bound], first[i] + SLICE, side="right")))
+            yield slice(i, j)
+            i = j
 
+# %% ../nbs/00_large.ipynb #c013d
 def open_h5ad(path: str | Path) -> h5py.File:
     """An ``.h5ad`` file opened for reading.
 
@@ -81,7 +86,35 @@ def open_h5ad(path: str | Path) -> h5py.File:
     except OSError as error:
         raise InputError(f"cannot read {path} as .h5ad (not HDF5, or cut off): {_one_line(error)}") from None
 
+# %% ../nbs/00_large.ipynb #c013f
+MEND = {
+    "csc": "rewrite it once: adata.X = adata.X.tocsr(); adata.write_h5ad(...)",
+    "dense": "rewrite it once: adata.X = scipy.sparse.csr_matrix(adata.X); adata.write_h5ad(...)",
+}
 
+
+def _by_rows(file: h5py.File, layer: str | None, name: str) -> tuple[str, h5py.Group]:
+    """The slot that holds the counts in words, and its group, refused unless cells lie in it one after the other."""
+    layers = list(file.get("layers", ()))
+    if layer not in (None, "X", *layers):
+        raise InputError(f"no layer {layer!r}; layers there: {', '.join(layers) or 'none'}; leave layer out to use X")
+    layer = layer or ("counts" if "counts" in layers else None)
+    layer = None if layer == "X" and "X" not in layers else layer
+    slot, key = ("X", "X") if layer is None else (f"layers[{layer!r}]", f"layers/{layer}")
+    slot = f"{slot} of {name}"
+    if key not in file:
+        raise InputError(f"{slot} is empty; give cells x genes counts")
+    group = file[key]
+    kind = "dense" if isinstance(group, h5py.Dataset) else str(group.attrs.get("encoding-type", "unknown"))
+    if kind in ("dense", "csc_matrix"):
+        mend = MEND["csc" if kind == "csc_matrix" else kind].replace("adata.X", "adata.X" if layer is None else f"adata.layers[{layer!r}]")
+        raise InputError(f"{slot} is {'CSC' if kind == 'csc_matrix' else kind}, and cells can be read from disk only where they "
+                         f"lie one after the other (CSR); {mend}, or read it into memory")
+    if kind != "csr_matrix":
+        raise InputError(f"{slot} is stored as {kind!r}; rewrite it with a current anndata as CSR")
+    return slot, group
+
+# %% ../nbs/00_large.ipynb #c013h
 class DiskCounts:
     """A CSR matrix of counts in an ``.h5ad`` file; what is asked for is read, in slices of at most `SLICE` entries.
 
@@ -141,23 +174,7 @@ class DiskCounts:
         return InputError(f"cannot read {self.path} as .h5ad (damaged or cut off): {why}; write or copy it again")
 
     def _open(self, layer: str | None) -> None:
-        layers = list(self._file.get("layers", ()))
-        if layer not in (None, "X", *layers):
-            raise InputError(f"no layer {layer!r}; layers there: {', '.join(layers) or 'none'}; leave layer out to use X")
-        layer = layer or ("counts" if "counts" in layers else None)
-        layer = None if layer == "X" and "X" not in layers else layer
-        slot, key = ("X", "X") if layer is None else (f"layers[{layer!r}]", f"layers/{layer}")
-        self.slot = f"{slot} of {self.path.name}"
-        if key not in self._file:
-            raise InputError(f"{self.slot} is empty; give cells x genes counts")
-        group = self._file[key]
-        kind = "dense" if isinstance(group, h5py.Dataset) else str(group.attrs.get("encoding-type", "unknown"))
-        if kind in ("dense", "csc_matrix"):
-            mend = MEND["csc" if kind == "csc_matrix" else kind].replace("adata.X", "adata.X" if layer is None else f"adata.layers[{layer!r}]")
-            raise InputError(f"{self.slot} is {'CSC' if kind == 'csc_matrix' else kind}, and cells can be read from disk only where they "
-                             f"lie one after the other (CSR); {mend}, or read it into memory")
-        if kind != "csr_matrix":
-            raise InputError(f"{self.slot} is stored as {kind!r}; rewrite it with a current anndata as CSR")
+        self.slot, group = _by_rows(self._file, layer, self.path.name)
         n_obs, n_vars = (int(n) for n in group.attrs["shape"])
         if 0 in (n_obs, n_vars):
             raise InputError(f"{self.slot} is empty ({n_obs} cells x {n_vars} genes); give cells x genes counts")
@@ -244,12 +261,7 @@ class DiskCounts:
         if rows[0] < 0 or rows[-1] >= self.shape[0]:
             raise IndexError(f"cell {rows[0] if rows[0] < 0 else rows[-1]} of {self.shape[0]}")
         at = rows if self._rows is None else self._rows[rows]
-        first, end, parts, i = self._indptr[at], self._indptr[at + 1], [], 0
-        for bound in (*(np.flatnonzero(first[1:] - end[:-1] > GAP) + 1), len(at)):
-            while i < bound:
-                j = i + max(1, int(np.searchsorted(end[i:bound], first[i] + SLICE, side="right")))
-                parts.append(self._span(at[i:j]))
-                i = j
+        parts = [self._span(at[some]) for some in _reads(self._indptr[at], self._indptr[at + 1])]
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def slices(self) -> Iterator[tuple[slice, sp.csr_matrix]]:
@@ -347,7 +359,7 @@ class DiskReader(CellReader):
         """Some of the cells as a reader that holds them."""
         return CellReader(self.counts[rows], target_sum=self.target_sum, transform=self.transform)
 
-
+# %% ../nbs/00_large.ipynb #c020b
 def _add_by_group(sums: np.ndarray, groups: np.ndarray, part: sp.csr_matrix) -> None:
     """Add each row to the sum of its group."""
     pick = sp.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(len(sums), len(groups)))
@@ -473,7 +485,7 @@ class DiskCells:
         obs = part.obs(*columns).set_axis(pd.Index(part.names(np.arange(part.n_obs)), dtype=object), axis=0)
         return ad.AnnData(part.counts[:], obs=obs, var=pd.DataFrame(index=self.var_names), uns=dict(self.uns))
 
-
+# %% ../nbs/00_large.ipynb #c025b
 def _values(node):
     """The strings of an index: a plain data set or, as anndata writes strings that may be missing, a group that holds one."""
     return node["values"] if isinstance(node, h5py.Group) else node
@@ -488,7 +500,7 @@ def _checked_names(names, slot: str, expected: int) -> pd.Index:
         raise InputError(f"var_names repeat {len(repeated)} times, e.g. {repeated[0]!r}; call adata.var_names_make_unique()")
     return names
 
-
+# %% ../nbs/00_large.ipynb #c025d
 def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None = None) -> DiskCells:
     """Cells of an ``.h5ad`` file, none of them read yet.
 
@@ -525,9 +537,6 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
     return DiskCells(counts, names)
 
 # %% ../nbs/00_large.ipynb #c029
-TEST_CELLS = 10_000
-
-
 def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | None = None, min_genes: int = 10,
                  min_cells: int = 3) -> DiskCells:
     """An ``.h5ad`` file, checked, labelled and filtered as `scld_nb.data.load` does it, and left on disk.
@@ -579,6 +588,9 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
     out = cells.take(None if len(rows) == cells.n_obs else rows, None if len(genes) == cells.n_vars else genes)
     named = named[rows].remove_unused_categories()
     return replace(out, known={key: named}, uns={"scld_data": facts})
+
+# %% ../nbs/00_large.ipynb #c029b
+TEST_CELLS = 10_000
 
 
 def split_on_disk(cells: DiskCells, *, seed: int = 0, most: int = TEST_CELLS) -> tuple[DiskCells, DiskCells]:
@@ -670,7 +682,31 @@ def _as_stored(column: pd.Series) -> pd.Series:
         return column.astype(np.float64) if pd.api.types.is_extension_array_dtype(column.dtype) else column
     return column.where(column.notna(), "").astype(str).astype(object)
 
+# %% ../nbs/00_large.ipynb #c040b
+class _Names:
+    """Categories of a column that comes in chunks, numbered as they come; the final order is known at the end."""
 
+    def __init__(self, categories: Iterable):
+        self._agreed: tuple | None = tuple(categories)
+        self._number: dict = {}
+        self._seen: set = set()
+
+    def codes(self, column: pd.Series) -> np.ndarray:
+        """The codes of a chunk in this numbering, int32; -1 is a missing value."""
+        if tuple(column.cat.categories) != self._agreed:
+            self._agreed = None
+        self._seen.update(column.dropna().unique())
+        own = self._number
+        number = np.array([own.setdefault(c, len(own)) for c in column.cat.categories] + [-1], dtype=np.int32)
+        return number[column.cat.codes.to_numpy()]
+
+    def final(self) -> tuple[list, np.ndarray]:
+        """Names in their final order, without those that no cell had, and the final code of each number, the last one for -1."""
+        names = [c for c in (sorted(self._number) if self._agreed is None else self._agreed) if c in self._seen or not self._seen]
+        place = {c: i for i, c in enumerate(names)}
+        return names, np.array([place.get(c, -1) for c in self._number] + [-1], dtype=np.int32)
+
+# %% ../nbs/00_large.ipynb #c040e
 class _Unfailing(io.FileIO):
     """A file for HDF5, whose writes never fail: the first error is kept, and so is, in memory, what was not written.
 
@@ -739,7 +775,7 @@ class _Unfailing(io.FileIO):
             self._keep(error)
         self.check()
 
-
+# %% ../nbs/00_large.ipynb #c040i
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """What Ctrl-C and SIGTERM set off comes at the end of the block (main thread only)."""
@@ -757,7 +793,7 @@ def _signals_wait() -> Iterator[None]:
         if heard:
             before[heard[0][0]](*heard[0])
 
-
+# %% ../nbs/00_large.ipynb #c040l
 class CellWriter:
     """An ``.h5ad`` file that is written in chunks, under a temporary name until it is complete; use it in a ``with``.
 
@@ -830,15 +866,13 @@ class CellWriter:
             self._array(f"X/{name}", np.dtype(dtype))
         self._grow(self._file["X/indptr"], [0])
         self._array("obs/_index", h5py.string_dtype(), chunk=4096)
-        self._categories: dict[str, dict] = {}
-        self._seen: dict[str, set] = {}
-        self._agreed: dict[str, tuple | None] = {}
+        self._categories: dict[str, _Names] = {}
         for name in self._columns:
             column = _as_stored(adata.obs[name])
             if isinstance(column.dtype, pd.CategoricalDtype):
                 self._file.create_group(f"obs/{name}")
                 self._array(f"obs/{name}/codes", np.dtype(np.int32))
-                self._categories[name], self._seen[name], self._agreed[name] = {}, set(), tuple(column.cat.categories)
+                self._categories[name] = _Names(column.cat.categories)
             elif column.dtype.kind in "fiub":
                 self._array(f"obs/{name}", column.dtype)
             else:
@@ -866,15 +900,10 @@ class CellWriter:
         self._grow(self._file["obs/_index"], adata.obs_names.to_numpy(dtype=object))
         for name in self._columns:
             column = _as_stored(adata.obs[name])
-            if name not in self._categories:
+            if name in self._categories:
+                self._grow(self._file[f"obs/{name}/codes"], self._categories[name].codes(column))
+            else:
                 self._grow(self._file[f"obs/{name}"], column.to_numpy())
-                continue
-            if tuple(column.cat.categories) != self._agreed[name]:
-                self._agreed[name] = None
-            own = self._categories[name]
-            self._seen[name].update(column.dropna().unique())
-            number = np.array([own.setdefault(c, len(own)) for c in column.cat.categories] + [-1], dtype=np.int32)
-            self._grow(self._file[f"obs/{name}/codes"], number[column.cat.codes.to_numpy()])
         self.n_obs, self.nnz = self.n_obs + x.shape[0], self.nnz + x.nnz
 
     def _finish(self) -> None:
@@ -906,10 +935,7 @@ class CellWriter:
         self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
     def _put_categories(self, name: str) -> None:
-        group, own, agreed = self._file[f"obs/{name}"], self._categories[name], self._agreed[name]
-        final = [c for c in (sorted(own) if agreed is None else agreed) if c in self._seen[name] or not self._seen[name]]
-        place = {c: i for i, c in enumerate(final)}
-        number = np.array([place.get(c, -1) for c in own] + [-1], dtype=np.int32)
+        group, (final, number) = self._file[f"obs/{name}"], self._categories[name].final()
         codes = group["codes"]
         for start in range(0, len(codes), 2**20):
             codes[start:start + 2**20] = number[codes[start:start + 2**20]]
