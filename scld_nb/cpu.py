@@ -86,7 +86,7 @@ def expm1_32(x):
     power, rest = _reduced(x)
     return power * rest + (power - ONE)
 
-
+# %% ../nbs/00_cpu.ipynb #c013c
 @compiled()
 def log32(x):
     """Logarithm of a positive float32; what is smaller than 1e-38 counts as that."""
@@ -118,7 +118,7 @@ def parts(n: int) -> int:
     """Into how many parts ``n`` rows are dealt: PyTorch's number of threads, if there are rows for all."""
     return max(1, min(torch.get_num_threads(), n // 8))
 
-
+# %% ../nbs/00_cpu.ipynb #c018b
 def by_rows(kernel: Callable, n: int, *arguments: torch.Tensor) -> None:
     """``kernel(part, first, last, *arrays)`` for all rows, part by part, each in a thread.
 
@@ -162,7 +162,7 @@ def _counted_rows(part, first, last, x, starts, flat):
                 flat[n] = i * x.shape[1] + g
                 n += 1
 
-
+# %% ../nbs/00_cpu.ipynb #c023b
 def _starts(x: torch.Tensor) -> torch.Tensor:
     """Where the counted entries of each row begin in a list of all of them, and where it ends, ``(n + 1,)``."""
     starts = torch.zeros(len(x) + 1, dtype=torch.int64)
@@ -199,7 +199,7 @@ def _zero_row(log_mu, log_r, logit, body, value, d_mu, d_r, d_logit, r_, more_, 
         d_logit[g] = (counts - others) * (ONE - share)
         r_[g], more_[g], q_[g], others_[g] = r, more, q, others
 
-
+# %% ../nbs/00_cpu.ipynb #c027b
 @compiled()
 def _zero_row_nb(log_mu, log_r, body, value, d_mu, d_r, r_, more_, q_, others_):
     """The same without extra zeros."""
@@ -239,7 +239,7 @@ def _products(n, y, r, product, slope):
     for j in range(n):
         slope[j] /= product[j]
 
-
+# %% ../nbs/00_cpu.ipynb #c030b
 @compiled()
 def _stirling(x):
     # log Gamma, for 8 and more
@@ -280,7 +280,7 @@ def _counted(n, y, r, step, q, others, ahead, height, product, slope, minus, val
         pull_mu[j] = own * (back - y[j])
         pull_r[j] = own * (y[j] - back - r[j] * (slope[j] - step[j]))
 
-
+# %% ../nbs/00_cpu.ipynb #c034b
 @compiled("contract", "nsz")
 def _nll_rows(part, first, last, x, log_mu, log_r, logit, body, height, fall, starts, nll, d_mu, d_r, d_logit, genes, shares):
     # Value and slopes of the cells from first on; logit may have no column; body, height and fall are those of outliers; genes and
@@ -316,7 +316,7 @@ def _nll_rows(part, first, last, x, log_mu, log_r, logit, body, height, fall, st
                 d_logit[i, at[j]] = (ONE - shares[starts[i] + j]) * (ONE - other[j])
         nll[i] = _total(value)
 
-
+# %% ../nbs/00_cpu.ipynb #c034d
 @compiled("contract", "nsz")
 def _slope_rows(part, first, last, grad, d_mu, d_r, d_logit, x, starts, genes, shares, rise, d_outlier, d_mean):
     # The slopes times what comes from behind, in their place, and those of outliers, part by part.
@@ -368,7 +368,7 @@ class _CountNLL(torch.autograd.Function):
         return (None, d_mu, d_r, d_logit if inflated else None,
                 (d_outlier.sum(0) + grad.double().sum() * pull).float() if outliers else None, d_mean.sum(0).float() if outliers else None)
 
-
+# %% ../nbs/00_cpu.ipynb #c036b
 def count_nll_cpu(x: torch.Tensor, log_mu: torch.Tensor, log_r: torch.Tensor, logit: torch.Tensor | None = None,
                   outlier: torch.Tensor | None = None, outlier_mean: torch.Tensor | None = None) -> torch.Tensor:
     r"""$-\log p(x)$ of (zero-inflated) negative binomial counts with outliers, summed over genes: nats per cell, ``(n,)``.
@@ -415,7 +415,7 @@ def _bound_rows(part, first, last, shares, log_library, out, log_sum):
         for g in range(shares.shape[1]):
             out[i, g] = shares[i, g] + shift
 
-
+# %% ../nbs/00_cpu.ipynb #c041b
 @compiled()
 def _unbound_rows(part, first, last, shares, log_sum, grad, out):
     room = np.empty(shares.shape[1], np.float32)
@@ -445,7 +445,7 @@ class _Bounded(torch.autograd.Function):
         by_rows(_unbound_rows, len(shares), shares, log_sum, grad, out)
         return out, grad.sum(dim=1, keepdim=True) if ctx.needs_input_grad[1] else None
 
-
+# %% ../nbs/00_cpu.ipynb #c041c
 def bounded_cpu(shares: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
     """Logarithms of means whose sum is at most twice the library: ``shares`` ``(n, n_genes)`` and ``log_library`` ``(n, 1)``, on the CPU, taken as float32."""
     return _Bounded.apply(shares.float(), log_library.float())
@@ -460,7 +460,7 @@ def _some_row(log_mu, log_r, logit, epsilon, out):
         body = expm1_32(-exp32(log_r[g]) * more) * odds / (ONE + odds)
         out[g] = epsilon[g] - (ONE - epsilon[g]) * body
 
-
+# %% ../nbs/00_cpu.ipynb #c046b
 @compiled("contract", "nsz")
 def _quantile(v, log_mu, log_r, many):
     """The count of at least one below which a share ``v`` of them lies, or -1."""
@@ -477,7 +477,7 @@ def _quantile(v, log_mu, log_r, many):
         x += 1.0
     return x
 
-
+# %% ../nbs/00_cpu.ipynb #c046b1
 @compiled("contract", "nsz")
 def _draw_rows(part, first, last, u, log_mu, log_r, logit, epsilon, go_on, many, out):
     n_genes = log_mu.shape[1]
@@ -493,7 +493,7 @@ def _draw_rows(part, first, last, u, log_mu, log_r, logit, epsilon, go_on, many,
                 else:
                     out[i, g] = _quantile((u[i, g] - low) / (float64(some[g]) - low), float64(log_mu[i, g]), float64(log_r[i, g]), many[0])
 
-
+# %% ../nbs/00_cpu.ipynb #c046d
 def draw_counts_cpu(log_mu: torch.Tensor, log_r: torch.Tensor, logit: torch.Tensor | None = None, outlier: torch.Tensor | None = None,
                     outlier_mean: torch.Tensor | None = None, *, generator: torch.Generator | None = None, many: float = 64.0) -> torch.Tensor:
     """Counts from the distribution of `count_nll_cpu`, whole numbers as float32, ``(n, n_genes)``.
