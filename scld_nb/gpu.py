@@ -47,7 +47,7 @@ class OnDevice:
         out = torch.zeros(len(rows), self.n_vars, device=rows.device)
         return out.scatter_add_(1, self._columns[at].long(), self._values[at] * own)
 
-
+# %% ../nbs/00_gpu.ipynb #c015b
 def on_device(reader: CellReader, device: torch.device, *, rows: np.ndarray | None = None, share: float = 0.5) -> OnDevice | None:
     """The cells of a reader on a GPU, in model space; ``None`` on other devices, for cells on disk, and for more than there is room for.
 
@@ -108,7 +108,7 @@ def send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
         return [t.to(device) for t in tensors]
     return [t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in tensors]
 
-
+# %% ../nbs/00_gpu.ipynb #c021b
 class Recorded:
     """A function of tensors, which on a GPU is recorded as a CUDA graph and then replayed; elsewhere it is just called.
 
