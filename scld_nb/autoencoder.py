@@ -157,7 +157,7 @@ class Encodes(Protocol):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Cells ``(n, n_genes)`` to standardised latents ``(n, d)``."""
 
-
+# %% ../nbs/01_autoencoder.ipynb #c051b
 def encode_cells(autoencoder: Encodes, reader: CellReader, *, device: torch.device,
                  size: int = 2048) -> torch.Tensor:
     """Standardised latents of all cells, block by block.

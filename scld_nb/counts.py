@@ -48,7 +48,7 @@ class CountStart(NamedTuple):
     outlier: np.ndarray
     outlier_mean: np.ndarray
 
-
+# %% ../nbs/01_counts.ipynb #c011b
 def _robust_sums(x: sp.coo_matrix, library: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Per gene: sum, sum of squares and sum times library of the clipped counts, number and sum of outliers, ``(5, n_genes)``."""
     expected = shares[x.col] * library[x.row]
@@ -57,7 +57,7 @@ def _robust_sums(x: sp.coo_matrix, library: np.ndarray, shares: np.ndarray) -> n
     weights = ((x.col, clipped), (x.col, clipped**2), (x.col, clipped * library[x.row]), (x.col[far], None), (x.col[far], x.data[far]))
     return np.stack([np.bincount(columns, values, len(shares)) for columns, values in weights])
 
-
+# %% ../nbs/01_counts.ipynb #c011d
 def count_start(counts: sp.spmatrix | DiskReader) -> CountStart:
     """Shares, dispersion and outliers of each gene by robust moments of training cells.
 
@@ -111,7 +111,7 @@ class CountParameters(NamedTuple):
     outlier: torch.Tensor | None = None
     outlier_mean: torch.Tensor | None = None
 
-
+# %% ../nbs/01_counts.ipynb #c017b
 def _walks(values: torch.Tensor) -> bool:
     """Whether compiled loops can read this."""
     return values.device.type == "cpu" and values.dtype == torch.float32
@@ -138,7 +138,7 @@ def _dense_nll(x: torch.Tensor, parameters: CountParameters) -> torch.Tensor:
         log_p0 = log_p0 - body
     return -torch.where(x > 0, log_p, log_p0).sum(dim=1)
 
-
+# %% ../nbs/01_counts.ipynb #c017d
 def count_nll(x: torch.Tensor, parameters: CountParameters, *, dense: bool = False) -> torch.Tensor:
     r"""$-\log p(x)$ of counts, summed over genes: nats per cell, shape ``(n,)``.
 
@@ -166,7 +166,7 @@ def _layers(n_in: int, hidden: int, n_out: int, dropout: float) -> nn.Sequential
         steps += [nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU(), Dropout(dropout)]
     return nn.Sequential(*steps, nn.Linear(hidden, n_out))
 
-
+# %% ../nbs/01_counts.ipynb #c022b
 class CountRound(nn.Module):
     r"""Encoder of counts: mean and log-variance of $q(z\mid x)$.
 
@@ -194,6 +194,13 @@ class CountRound(nn.Module):
             seen = torch.zeros_like(flat).index_copy_(0, stored, values).view_as(x)
         mean, log_var = self.net(seen).float().chunk(2, dim=1)
         return mean, (log_var - 1.0).clamp(-8.0, 4.0)
+
+# %% ../nbs/01_counts.ipynb #c024a
+def _bounded(shares: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
+    """Logarithms of means from logarithms of shares, ``(n, n_genes)``: times the library, and less where they add up to more than twice of it."""
+    if _walks(shares):
+        return bounded_cpu(shares, log_library)
+    return shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
 
 # %% ../nbs/01_counts.ipynb #c025
 GAIN = 10.0       # offsets of single genes are stored divided by this: they then learn as many times faster as the matrices
@@ -275,10 +282,6 @@ class CountMap(nn.Module):
             shares = F.linear(h, self.mean.weight).float() + self.mean.bias
         else:
             shares = self.mean(h).float()
-        if _walks(shares):
-            log_mu = bounded_cpu(shares, log_library)
-        else:
-            log_mu = shares - F.relu(torch.logsumexp(shares, dim=1, keepdim=True) - math.log(2.0)) + log_library
         if self.log_r is None:
             log_r = None
         elif self.trend is None:
@@ -286,7 +289,7 @@ class CountMap(nn.Module):
         else:                                                # slope times (log share - offset of the share), the product with the offset taken once
             log_r = torch.addcmul(self._offset_by("r", self.log_r - self.trend * self.mean.bias, h), GAIN * self.trend, shares)
         return CountParameters(
-            log_mu,
+            _bounded(shares, log_library),
             None if log_r is None else log_r.clamp(self.least, 8.0),
             None if self.logit is None else self._offset_by("zero", self.logit, h),
             None if self.outlier is None else GAIN * self.outlier,
@@ -314,7 +317,6 @@ def expected_counts(parameters: CountParameters) -> torch.Tensor:
     assert outlier_mean is not None
     return torch.lerp(mean, outlier_mean.exp().expand_as(mean), torch.sigmoid(outlier).expand_as(mean))
 
-
 # %% ../nbs/01_counts.ipynb #c030c
 def _draw_every_entry(parameters: CountParameters, generator: torch.Generator | None) -> torch.Tensor:
     """Gamma and Poisson for every entry, as a GPU likes it."""
@@ -334,7 +336,7 @@ def _draw_every_entry(parameters: CountParameters, generator: torch.Generator | 
         x[hit] = 1.0 + torch.floor(u.log() / torch.log1p(-stop))
     return x
 
-
+# %% ../nbs/01_counts.ipynb #c030e
 def draw_counts(parameters: CountParameters, *, generator: torch.Generator | None = None, dense: bool = False) -> torch.Tensor:
     """Counts from their distribution.
 
