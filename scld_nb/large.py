@@ -682,6 +682,21 @@ def _as_stored(column: pd.Series) -> pd.Series:
         return column.astype(np.float64) if pd.api.types.is_extension_array_dtype(column.dtype) else column
     return column.where(column.notna(), "").astype(str).astype(object)
 
+
+def _keeps(kind: np.dtype, first: np.dtype) -> bool:
+    """Whether numbers of one type are what they were among those of another; of fractions only digits may get lost."""
+    return np.can_cast(kind, first, "same_kind" if first.kind == "f" else "safe")
+
+
+def _goes_into(column: pd.Series, first: Any) -> bool:
+    """Whether a column of a later chunk can be written where the first one had another type."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return isinstance(first, pd.CategoricalDtype) or (
+            first == object and bool(column.notna().all()) and all(isinstance(c, str) for c in column.cat.categories))
+    if isinstance(first, pd.CategoricalDtype) or object in (column.dtype, first):
+        return bool(column.dtype == first)
+    return _keeps(column.dtype, first)
+
 # %% ../nbs/00_large.ipynb #c040b
 class _Names:
     """Categories of a column that comes in chunks, numbered as they come; the final order is known at the end."""
@@ -816,7 +831,7 @@ class CellWriter:
     Raises
     ------
     InputError
-        If chunks do not have the same genes and columns.
+        If chunks do not have the same genes and columns, or their values do not go into arrays of the first one's types.
     OSError
         If the disk has no room for the next chunk, or does not take it.
     """
@@ -867,6 +882,7 @@ class CellWriter:
         self._grow(self._file["X/indptr"], [0])
         self._array("obs/_index", h5py.string_dtype(), chunk=4096)
         self._categories: dict[str, _Names] = {}
+        self._kinds = {name: _as_stored(adata.obs[name]).dtype for name in self._columns}
         for name in self._columns:
             column = _as_stored(adata.obs[name])
             if isinstance(column.dtype, pd.CategoricalDtype):
@@ -894,12 +910,17 @@ class CellWriter:
             self._begin(adata)
         if list(adata.obs.columns) != self._columns or not adata.var_names.equals(self._var.index):
             raise InputError("cells to append must have the genes and columns of obs of those before them")
+        columns = {name: _as_stored(adata.obs[name]) for name in self._columns}
+        if not _keeps(x.dtype, first := self._file["X/data"].dtype):
+            raise InputError(f"X was {first} in the cells before and is {x.dtype} now; give it one type in all chunks")
+        for name, column in columns.items():
+            if not _goes_into(column, self._kinds[name]):
+                raise InputError(f"obs[{name!r}] was {self._kinds[name]} in the cells before and is {column.dtype} now; give it one type in all chunks")
         self._grow(self._file["X/data"], x.data)
         self._grow(self._file["X/indices"], x.indices)
         self._grow(self._file["X/indptr"], x.indptr[1:].astype(np.int64) + self.nnz)
         self._grow(self._file["obs/_index"], adata.obs_names.to_numpy(dtype=object))
-        for name in self._columns:
-            column = _as_stored(adata.obs[name])
+        for name, column in columns.items():
             if name in self._categories:
                 self._grow(self._file[f"obs/{name}/codes"], self._categories[name].codes(column))
             else:

@@ -591,6 +591,38 @@ def test_written_in_chunks_is_written_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5ad"]
 
 
+@pytest.mark.parametrize("first, second", [([1, 2], [1.5, np.nan]), ([1, 2], [2**70, 1.0]), ([1.0, 2.0], ["a", "b"]), (["a", "b"], [1, 2]),
+                                           ([True, False], [3, 4]), (np.array([1, 2], np.uint8), [-1, 300]),
+                                           (pd.Categorical(["a", "b"]), ["a", "b"]), (["a", "b"], pd.Categorical([1, 2])), (["a", "b"], pd.Categorical(["a", None]))])
+def test_values_that_would_change_among_those_of_the_first_chunk_are_refused(tmp_path, first, second):
+    def cells(column):
+        return ad.AnnData(sp.csr_matrix(np.ones((2, 3), np.float32)), obs=pd.DataFrame({"a": column}, index=["x", "y"]))
+
+    with CellWriter(tmp_path / "cells.h5ad") as writer:
+        writer.append(cells(first))
+        with pytest.raises(InputError, match="obs\\['a'\\] was .* one type in all chunks"):
+            writer.append(cells(second))
+        writer.append(cells(first))                            # nothing of the refused ones was written
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").obs.a.tolist() == 2 * pd.Series(first).tolist()
+
+
+def test_counts_do_not_take_fractions_and_fractions_take_counts(tmp_path):
+    def cells(kind):
+        return ad.AnnData(sp.csr_matrix(np.full((2, 3), 2.5).astype(kind)), obs=pd.DataFrame({"a": ["u", "v"]}, index=["x", "y"]))
+
+    with CellWriter(tmp_path / "counts.h5ad") as writer:
+        writer.append(cells(np.int32))
+        with pytest.raises(InputError, match="X was int32 in the cells before and is float32 now"):
+            writer.append(cells(np.float32))
+    with CellWriter(tmp_path / "fractions.h5ad") as writer:
+        for kind in (np.float32, np.float64, np.int32):
+            cells_now = cells(kind)
+            cells_now.obs["a"] = cells_now.obs["a"].astype("category" if kind is np.int32 else object)
+            writer.append(cells_now)
+    back = ad.read_h5ad(tmp_path / "fractions.h5ad")
+    assert back.X.toarray()[:, 0].tolist() == [2.5, 2.5, 2.5, 2.5, 2.0, 2.0] and back.obs.a.tolist() == ["u", "v"] * 3
+
+
 def test_categories_of_chunks_that_do_not_agree_are_their_sorted_union(tmp_path):
     with CellWriter(tmp_path / "x.h5ad", compress=False) as writer:
         for names in (["b", "d"], ["d", "a"], ["c"]):
