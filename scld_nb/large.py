@@ -691,9 +691,9 @@ def _keeps(kind: np.dtype, first: np.dtype) -> bool:
 def _goes_into(column: pd.Series, first: Any) -> bool:
     """Whether a column of a later chunk can be written where the first one had another type."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        return isinstance(first, pd.CategoricalDtype) or (
-            first == object and bool(column.notna().all()) and all(isinstance(c, str) for c in column.cat.categories))
-    if isinstance(first, pd.CategoricalDtype) or object in (column.dtype, first):
+        whole_texts = bool(column.notna().all()) and all(isinstance(c, str) for c in column.cat.categories)
+        return isinstance(first, pd.CategoricalDtype) or (first.kind == "O" and whole_texts)
+    if isinstance(first, pd.CategoricalDtype) or "O" in (column.dtype.kind, first.kind):
         return bool(column.dtype == first)
     return _keeps(column.dtype, first)
 
