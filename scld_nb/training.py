@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'LINE_EVERY_S', 'BLOCK', 'BUFFER', 'BUFFER_BYTES', 'LR_SCHEDULES', 'resolve_device',
            'reduced_precision', 'progress_bar', 'counter_seed', 'seed_generators', 'kept_generators', 'batch_rows',
-           'BlockShuffle', 'minibatches', 'TrainingError', 'FitResult', 'save_checkpoint', 'checkpoint_facts',
-           'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit', 'train_autoencoder', 'diffusion_draws',
-           'diffusion_loss', 'train_denoiser']
+           'BlockOrder', 'BlockShuffle', 'minibatches', 'TrainingError', 'FitResult', 'save_checkpoint',
+           'checkpoint_facts', 'load_checkpoint', 'stop_on_sigterm', 'stop_on_ctrl_c', 'fit', 'train_autoencoder',
+           'diffusion_draws', 'diffusion_loss', 'train_denoiser']
 
 # %% ../nbs/05_training.ipynb #c002
 import io
@@ -104,7 +104,7 @@ def _set_precision(precision: str | tuple[str, str]) -> None:
     else:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
 
-
+# %% ../nbs/05_training.ipynb #c009b
 @contextmanager
 def _products_in(precision: str) -> Iterator[None]:
     """PyTorch's precision of products belongs to the whole process: the last block that asks has it, and the last to end puts the user's back."""
@@ -122,7 +122,7 @@ def _products_in(precision: str) -> Iterator[None]:
             _precisions.reverse()
             _set_precision(_precisions[-1])
 
-
+# %% ../nbs/05_training.ipynb #c009d
 @contextmanager
 def reduced_precision(device: torch.device, precision: str = "auto") -> Iterator[None]:
     """Matrix products in TF32 (on cuda, ``"tf32"`` and ``"auto"``) or bf16 (by autocast on cuda, by oneDNN on a CPU; ``"bf16"`` only).
@@ -170,7 +170,7 @@ class _Lines(tqdm):
             print(f"{facts['prefix'].removesuffix(': ')}: {facts['n']:,} of {facts['total']:,} {facts['unit']}s{more}", file=sys.stderr, flush=True)
         return True
 
-
+# %% ../nbs/05_training.ipynb #c011b
 def progress_bar(total: int, desc: str, *, show: bool | None = None, unit: str = "step") -> tqdm:
     """A tqdm bar: shown on a terminal and in a notebook, silent in tests and if ``show`` is false; elsewhere a line every half a minute.
 
@@ -242,7 +242,7 @@ def _epoch_order(n_cells: int, seed: int) -> np.ndarray:
     order.flags.writeable = False
     return order
 
-
+# %% ../nbs/05_training.ipynb #c018b
 def batch_rows(n_cells: int, batch_size: int, step: int, *, seed: int, stage: str) -> np.ndarray:
     """Rows of the minibatch of one step: a slice of the epoch's permutation, a function of (seed, stage, step).
 
@@ -269,48 +269,23 @@ def batch_rows(n_cells: int, batch_size: int, step: int, *, seed: int, stage: st
     return np.sort(order[place * batch_size:(place + 1) * batch_size])
 
 # %% ../nbs/05_training.ipynb #c023
-BLOCK = 512                # consecutive cells that stay together
-BUFFER = 32                # blocks in memory at a time, fewer if they would take more than
-BUFFER_BYTES = 2**27
-
-
-class BlockShuffle:
-    """Minibatches of cells on disk: blocks in random order, cells shuffled in a buffer of blocks; all a function of the step.
+class BlockOrder:
+    """Which cells a step gets: blocks of consecutive cells in random order, shuffled within a buffer of blocks.
 
     Parameters
     ----------
-    reader
-        The cells.
-    batch_size
-        Cells per step. A set no larger is used whole.
+    n, batch_size
+        Cells in all, and per step. A set no larger than a batch is used whole.
+    block, buffer
+        Consecutive cells per block, and blocks per buffer.
     seed, stage
         Tell runs and stages apart.
-    block, buffer
-        Consecutive cells per block, and blocks per buffer; default: `BLOCK`, and `BUFFER` or what fits `BUFFER_BYTES`.
-    ahead
-        Read the next buffer in a thread while one is used.
     """
 
-    def __init__(self, reader: DiskReader, batch_size: int, *, seed: int, stage: str, block: int | None = None,
-                 buffer: int | None = None, ahead: bool = True):
-        self.reader, self.n, self.batch_size, self.seed, self.stage = reader, reader.n_obs, batch_size, seed, stage
-        self.block = BLOCK if block is None else block
-        bytes_per_block = 8 * self.block * max(1, reader.counts.nnz // reader.n_obs)
-        self.buffer = max(1, min(BUFFER, BUFFER_BYTES // bytes_per_block)) if buffer is None else buffer
-        self._whole: sparse.csr_matrix | None = None             # a set that one buffer holds is read once
-        self._held: dict[tuple[int, int], sparse.csr_matrix] = {}
-        self._coming: dict[tuple[int, int], Future] = {}
+    def __init__(self, n: int, batch_size: int, *, block: int, buffer: int, seed: int, stage: str):
+        self.n, self.batch_size, self.block, self.buffer, self.seed, self.stage = n, batch_size, block, buffer, seed, stage
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scld-reading") if ahead else None
-
-    def close(self) -> None:
-        """Forget what is held and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-        self._held.clear()
-        self._coming.clear()
-        self._whole = None
+        self._cells: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Blocks in the order of the epoch, and the place where each buffer begins, with the end of the epoch."""
@@ -322,17 +297,17 @@ class BlockShuffle:
             self._plans = {k: v for k, v in self._plans.items() if k == epoch - 1} | {epoch: (order, np.unique(begins))}
         return self._plans[epoch]
 
-    def _order(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Cells of a buffer as they are read, and the order in which they are used."""
-        if key not in self._orders:
+    def cells(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Cells of a buffer, (epoch, number), as they are read, and the order in which they are used."""
+        if key not in self._cells:
             epoch, place = key
             blocks = self._plan(epoch)[0][place * self.buffer:(place + 1) * self.buffer]
             cells = np.concatenate([np.arange(k * self.block, min(self.n, (k + 1) * self.block)) for k in blocks])
             order = np.random.default_rng(counter_seed(self.seed, self.stage, "buffer", epoch, place)).permutation(len(cells))
-            self._orders = dict(list(self._orders.items())[-2:]) | {key: (cells, order)}
-        return self._orders[key]
+            self._cells = dict(list(self._cells.items())[-2:]) | {key: (cells, order)}
+        return self._cells[key]
 
-    def _pieces(self, step: int) -> list[tuple[tuple[int, int], slice]]:
+    def pieces(self, step: int) -> list[tuple[tuple[int, int], slice]]:
         """Which buffers hold the places of a step, and which places of each."""
         at, end, pieces = step * self.batch_size, (step + 1) * self.batch_size, []
         while at < end:
@@ -345,12 +320,61 @@ class BlockShuffle:
             at += take
         return pieces
 
+    def following(self, key: tuple[int, int]) -> tuple[int, int]:
+        """The buffer behind one, which may be the first of the next epoch."""
+        epoch, place = key
+        return (epoch, place + 1) if place + 2 < len(self._plan(epoch)[1]) else (epoch + 1, 0)
+
     def rows(self, step: int) -> np.ndarray:
-        """Numbers of the cells of a step, in the order of `read`."""
+        """Numbers of the cells of a step, in the order in which they are used."""
         if self.n <= self.batch_size:
             return np.arange(self.n)
-        orders = [(self._order(key), places) for key, places in self._pieces(step)]
+        orders = [(self.cells(key), places) for key, places in self.pieces(step)]
         return np.concatenate([cells[order[places]] for (cells, order), places in orders])
+
+# %% ../nbs/05_training.ipynb #c025b
+BLOCK = 512                # consecutive cells that stay together
+BUFFER = 32                # blocks in memory at a time, fewer if they would take more than
+BUFFER_BYTES = 2**27
+
+
+class BlockShuffle:
+    """Minibatches of cells on disk in a `BlockOrder`: a buffer of blocks is held, and a thread reads the next.
+
+    Parameters
+    ----------
+    reader
+        The cells.
+    batch_size, seed, stage
+        See `BlockOrder`.
+    block, buffer
+        Consecutive cells per block, and blocks per buffer; default: `BLOCK`, and `BUFFER` or what fits `BUFFER_BYTES`.
+    ahead
+        Read the next buffer in a thread while one is used.
+    """
+
+    def __init__(self, reader: DiskReader, batch_size: int, *, seed: int, stage: str, block: int | None = None,
+                 buffer: int | None = None, ahead: bool = True):
+        block = BLOCK if block is None else block
+        bytes_per_block = 8 * block * max(1, reader.counts.nnz // reader.n_obs)
+        buffer = max(1, min(BUFFER, BUFFER_BYTES // bytes_per_block)) if buffer is None else buffer
+        self.reader, self.order = reader, BlockOrder(reader.n_obs, batch_size, block=block, buffer=buffer, seed=seed, stage=stage)
+        self._whole: sparse.csr_matrix | None = None             # a set that one buffer holds is read once
+        self._held: dict[tuple[int, int], sparse.csr_matrix] = {}
+        self._coming: dict[tuple[int, int], Future] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scld-reading") if ahead else None
+
+    def close(self) -> None:
+        """Forget what is held and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._held.clear()
+        self._coming.clear()
+        self._whole = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Numbers of the cells of a step, in the order of `read`."""
+        return self.order.rows(step)
 
     def _load(self, cells: np.ndarray) -> sparse.csr_matrix:
         cuts = np.flatnonzero(np.diff(cells) != 1) + 1
@@ -359,32 +383,32 @@ class BlockShuffle:
     def _buffer(self, key: tuple[int, int]) -> sparse.csr_matrix:
         if key not in self._held:
             coming = self._coming.pop(key, None)
-            self._held[key] = self._load(self._order(key)[0]) if coming is None else coming.result()
+            self._held[key] = self._load(self.order.cells(key)[0]) if coming is None else coming.result()
         return self._held[key]
 
     def _read_ahead(self, thread: ThreadPoolExecutor, key: tuple[int, int]) -> None:
         """Begin to read the buffer behind the given one."""
-        epoch, place = key
-        following = (epoch, place + 1) if place + 2 < len(self._plan(epoch)[1]) else (epoch + 1, 0)
+        following = self.order.following(key)
         if following not in self._held and following not in self._coming:
             for old in self._coming.values():
                 old.cancel()
-            self._coming = {following: thread.submit(self._load, self._order(following)[0])}
+            self._coming = {following: thread.submit(self._load, self.order.cells(following)[0])}
 
     def read(self, step: int) -> np.ndarray:
         """The cells of a step in model space: dense float32, ``(batch_size, n_genes)``."""
-        if self.n <= max(self.batch_size, self.buffer * self.block):
+        order = self.order
+        if order.n <= max(order.batch_size, order.buffer * order.block):
             if self._whole is None:
                 self._whole = self.reader.read_sparse(slice(None))
-            return self._whole[self.rows(step)].toarray()
-        pieces = self._pieces(step)
+            return self._whole[order.rows(step)].toarray()
+        pieces = order.pieces(step)
         self._held = {key: value for key, value in self._held.items() if key in dict(pieces)}
-        parts = [self._buffer(key)[self._order(key)[1][places]] for key, places in pieces]
+        parts = [self._buffer(key)[order.cells(key)[1][places]] for key, places in pieces]
         if self._thread is not None and len(pieces) == 1:
             self._read_ahead(self._thread, pieces[0][0])
         return (parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")).toarray()
 
-
+# %% ../nbs/05_training.ipynb #c025f
 @contextmanager
 def minibatches(reader: CellReader, batch_size: int, *, seed: int, stage: str) -> Iterator[Callable[[int], np.ndarray]]:
     """A function from the step to its cells in model space: by `batch_rows` in memory, by `BlockShuffle` on disk."""
@@ -452,7 +476,7 @@ def save_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optim
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise
 
-
+# %% ../nbs/05_training.ipynb #c030b
 def checkpoint_facts(path: Path) -> dict:
     """What the metadata of a checkpoint say (``stage``, ``seed``, ``fingerprint``, ``step``, ``steps``, ...); nothing if there is none that can be read."""
     try:
@@ -566,7 +590,7 @@ def _learning_rate(lr: float, schedule: str, step: int, steps: int) -> float:
         return lr * (step + 1) / warm
     return lr * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-
+# %% ../nbs/05_training.ipynb #c047b
 def _start_alike(team: Team, identity: dict, model: nn.Module, average: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Several processes begin with the main one's weights, averages and moments."""
     if team.size == 1:
@@ -586,7 +610,7 @@ def _start_alike(team: Team, identity: dict, model: nn.Module, average: list[tor
             own_average.copy_(value)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
+# %% ../nbs/05_training.ipynb #c047d
 def _follow(average: list[torch.Tensor], parameters: tuple[torch.Tensor, ...], weight: float | torch.Tensor) -> None:
     """Move the average by a share of the way to the weights; on a GPU the share is read when a recorded step is replayed."""
     with torch.no_grad():
@@ -597,7 +621,79 @@ def _follow(average: list[torch.Tensor], parameters: tuple[torch.Tensor, ...], w
         else:
             torch._foreach_lerp_(average, parameters, weight)
 
+# %% ../nbs/05_training.ipynb #c047f
+class _Moving:
+    """The weights on their way: AdamW, the bound of the gradient, and the average that follows.
 
+    On a GPU what changes from step to step, learning rate and the share of a step in the average, lies in tensors, where a recorded
+    step reads it.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, *, lr: float, weight_decay: float, ema: float | None, clip: float | None):
+        self.weights, self.on_gpu = tuple(p for p in model.parameters() if p.requires_grad), device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.weights, lr=torch.tensor(lr, device=device) if self.on_gpu else lr, weight_decay=weight_decay,
+                                           fused=device.type in ("cpu", "cuda"), capturable=self.on_gpu)
+        self.average = [p.detach().clone() for p in self.weights] if ema else []
+        self.ema, self.clip = ema, clip
+        self._share: float | torch.Tensor = torch.zeros((), device=device) if self.on_gpu else 0.0
+
+    def set(self, step: int, rate: float) -> None:
+        """Learning rate of a step, and its share in the average."""
+        share = 1.0 - min(self.ema or 1.0, (1 + step) / (10 + step))
+        if isinstance(self._share, torch.Tensor):
+            self.optimizer.param_groups[0]["lr"].fill_(rate)
+            self._share.fill_(share)
+        else:
+            self.optimizer.param_groups[0]["lr"], self._share = rate, share
+
+    def move(self, loss: torch.Tensor, team: Team, weight: float) -> torch.Tensor:
+        """One step down the slope of a loss, which counts for ``weight`` among those of all processes; returns the loss of all."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        loss = team.sum_gradients(self.weights, loss, weight)
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.weights, self.clip)
+        self.optimizer.step()
+        if self.average:
+            _follow(self.average, self.weights, self._share)
+        return loss.detach()
+
+    def deliver(self) -> None:
+        """Put the averaged weights into the model and forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for p, a in zip(self.weights, self.average):
+                p.copy_(a)
+
+# %% ../nbs/05_training.ipynb #c047j
+class _Losses:
+    """Losses of single steps, which stay on the device until somebody looks, and their means over a hundred steps."""
+
+    def __init__(self, weights: tuple[torch.Tensor, ...], means: list[float], pending: list[float]):
+        self.weights, self.means, self.pending = weights, means, pending
+        self._unseen: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._unseen.append(loss)
+
+    def look(self) -> str:
+        """The only place where the loop waits for the device; says what is not finite, if anything."""
+        if not self._unseen:
+            return ""
+        lengths = torch.stack(torch._foreach_norm(self.weights)).sum()          # a slope may be NaN where the loss is not
+        *found, length = torch.stack([*self._unseen, lengths.to(self._unseen[0])]).tolist()
+        self.pending.extend(found)
+        self._unseen.clear()
+        if not all(map(math.isfinite, self.pending)):
+            return "the loss is"
+        return "" if math.isfinite(length) else "the weights are"
+
+    def close(self) -> None:
+        """What has been looked at becomes one mean."""
+        self.means.append(sum(self.pending) / len(self.pending))
+        self.pending.clear()
+
+# %% ../nbs/05_training.ipynb #c047l
 @contextmanager
 def _in_training_mode(model: nn.Module) -> Iterator[None]:
     """Dropout is on within the block, and off afterwards however it ends."""
@@ -607,7 +703,7 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
     finally:
         model.eval()
 
-
+# %% ../nbs/05_training.ipynb #c047n
 def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, seed: int, stage: str,
         device: torch.device, lr: float = 1e-3, weight_decay: float = 0.01, ema: float | None = 0.999,
         clip: float | None = 1.0, precision: str = "auto", lr_schedule: str = "constant", budget_s: float | None = None, checkpoint: Path | None = None,
@@ -677,55 +773,37 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
     """
     if lr_schedule not in LR_SCHEDULES:
         raise InputError(f"unknown lr_schedule {lr_schedule!r}; known: {', '.join(LR_SCHEDULES)}")
-    parameters, cuda = tuple(p for p in model.parameters() if p.requires_grad), device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device) if cuda else lr, weight_decay=weight_decay,
-                                  fused=device.type in ("cpu", "cuda"), capturable=cuda)
-    average = [p.detach().clone() for p in parameters] if ema else []
+    moving = _Moving(model, device, lr=lr, weight_decay=weight_decay, ema=ema, clip=clip)
+    state = (model, moving.average, moving.optimizer)        # what a checkpoint holds
     identity = {"format": 1, "stage": stage, "seed": seed, "fingerprint": fingerprint} | ({} if basis is None else {"autoencoder": basis})
-    losses: list[torch.Tensor] = []
-    pending: list[float] = []
-    result, saved = FitResult(), 0
     terminated, ctrl_c = threading.Event(), threading.Event()
     team = this_team(device)
     part = team.part(batch)
     weight = 1.0 / team.size if part is None else part.weight
 
-    def check(step: int) -> None:                    # the only place where the loop waits for the device
-        if not losses:
-            return
-        lengths = torch.stack(torch._foreach_norm(parameters)).sum()         # a slope may be NaN where the loss is not
-        *found, weights = torch.stack([*losses, lengths.to(losses[0])]).tolist()
-        pending.extend(found)
-        losses.clear()
-        wrong = "the loss is" if not all(map(math.isfinite, pending)) else "the weights are" if not math.isfinite(weights) else ""
-        if wrong:
-            kept = f"; the last good state is step {saved} in {checkpoint}" if checkpoint and saved else ""
-            raise TrainingError(f"{stage}: {wrong} not finite near step {step}{kept}; try a smaller learning rate")
-
-    def save(step: int) -> None:
-        if checkpoint is not None and team.is_main:
-            spent = before + time.perf_counter() - began
-            meta = identity | {"step": step, "steps": steps, "budget_s": budget_s, "losses": result.losses, "pending": pending, "seconds": spent}
-            save_checkpoint(checkpoint, model, average, optimizer, meta)
-
     def begin() -> dict:
         meta = {"step": 0, "losses": [], "pending": [], "seconds": 0.0}
         if resume and checkpoint is not None and checkpoint.exists():
-            meta |= load_checkpoint(checkpoint, model, average, optimizer, identity)
+            meta |= load_checkpoint(checkpoint, *state, identity)
         return meta
+
+    def seconds() -> float:
+        return meta["seconds"] + time.perf_counter() - began
+
+    def save(step: int) -> None:
+        if checkpoint is not None and team.is_main:
+            progress = {"step": step, "steps": steps, "budget_s": budget_s, "losses": losses.means, "pending": losses.pending, "seconds": seconds()}
+            save_checkpoint(checkpoint, *state, identity | progress)
+
+    def check(step: int) -> None:
+        if wrong := losses.look():
+            kept = f"; the last good state is step {saved} in {checkpoint}" if checkpoint and saved else ""
+            raise TrainingError(f"{stage}: {wrong} not finite near step {step}{kept}; try a smaller learning rate")
 
     def update(*inputs: torch.Tensor | int) -> torch.Tensor:
         with working_on(part):
             loss = loss_of(*inputs)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        loss = team.sum_gradients(parameters, loss, weight)
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        if ema:
-            _follow(average, parameters, behind if cuda else share)
-        return loss.detach()
+        return moving.move(loss, team, weight)
 
     def prepared(step: int) -> Sequence[torch.Tensor]:
         assert inputs_of is not None
@@ -733,15 +811,13 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
             return inputs_of(step)
 
     def wish() -> tuple[bool, bool, float]:          # SIGTERM, Ctrl-C, share of the seconds that is used up
-        spent = 0.0 if budget_s is None else (before + time.perf_counter() - began) / budget_s
-        return terminated.is_set(), ctrl_c.is_set(), spent
+        return terminated.is_set(), ctrl_c.is_set(), 0.0 if budget_s is None else seconds() / budget_s
 
     meta = team.on_main(begin)
-    _start_alike(team, identity | {"steps": steps, "batch": batch}, model, average, optimizer)
-    result.losses, pending, before, began = meta["losses"], meta["pending"], meta["seconds"], time.perf_counter()
+    _start_alike(team, identity | {"steps": steps, "batch": batch}, *state)
+    losses, began, interrupted = _Losses(moving.weights, meta["losses"], meta["pending"]), time.perf_counter(), False
     step = saved = start = meta["step"]
     terminate, interrupt, spent = 0.0, 0.0, 0.0      # the largest wishes of all processes, as numbers
-    behind, share = torch.zeros((), device=device), 0.0      # weight of a step in the average, for a recorded step and for others
     recorded = Recorded(update, device, usual=3 if team.size == 1 else None)
     with progress_bar(steps, stage, show=show) as bar, _in_training_mode(model), kept_generators(device), stop_on_sigterm(terminated), \
             stop_on_ctrl_c(ctrl_c, echo_s=5.0 if team.size > 1 else 0.0), reduced_precision(device, precision):
@@ -754,47 +830,35 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
                     break
                 answer = team.ask(wish)
                 seed_generators(counter_seed(seed, stage, step), device)
-                rate, share = _learning_rate(lr, lr_schedule, max(step, int(spent * steps)), steps), 1.0 - min(ema or 1.0, (1 + step) / (10 + step))
-                if cuda:                             # at their places in memory, where a recorded step reads them
-                    optimizer.param_groups[0]["lr"].fill_(rate)
-                    behind.fill_(share)
-                else:
-                    optimizer.param_groups[0]["lr"] = rate
-                losses.append(update(step) if inputs_of is None else recorded(*prepared(step)))
+                moving.set(step, _learning_rate(lr, lr_schedule, max(step, int(spent * steps)), steps))
+                losses.add(update(step) if inputs_of is None else recorded(*prepared(step)))
                 step += 1
                 bar.update(1)
                 full, due = step % 100 == 0 or step == steps, checkpoint is not None and step % checkpoint_every == 0
                 if full or due:
                     check(step)
                 if full:
-                    result.losses.append(sum(pending) / len(pending))
-                    pending.clear()
-                    bar.set_postfix(loss=f"{result.losses[-1]:.4f}", refresh=False)
+                    losses.close()
+                    bar.set_postfix(loss=f"{losses.means[-1]:.4f}", refresh=False)
                 if due and step < steps:
                     save(step)
                     saved = step
         except KeyboardInterrupt:
             if ctrl_c.is_set() or team.size > 1:     # the second one: weights and step may disagree
                 raise
-            result.interrupted = True
+            interrupted = True
     if step != saved:
         check(step)                                  # looks at the losses, and so waits for steps that a GPU has yet to do
-    result.step, result.seconds = step, before + time.perf_counter() - began
-    result.interrupted |= bool(terminate or interrupt)
+    result = FitResult(step, losses.means, seconds(), interrupted or bool(terminate or interrupt))
     if step != saved:
-        if pending and spent >= 1.0:                 # over by the clock: the last loss stands for fewer steps
-            result.losses.append(sum(pending) / len(pending))
-            pending.clear()
+        if losses.pending and spent >= 1.0:          # over by the clock: the last loss stands for fewer steps
+            losses.close()
         save(step)
     terminate, interrupt, _ = team.ask(wish)()       # several processes meet here once the main one has saved; also what came in the last step
     if terminate:
         raise SystemExit(143)
     result.interrupted |= bool(interrupt)
-    optimizer.zero_grad(set_to_none=True)
-    if ema:
-        with torch.no_grad():
-            for p, a in zip(parameters, average):
-                p.copy_(a)
+    moving.deliver()
     return result
 
 # %% ../nbs/05_training.ipynb #c056
@@ -854,7 +918,7 @@ def diffusion_draws(n: int, d: int, T: int, *, p_uncond: float = 0.1, drop: str 
         to_global = draw_rows(n, torch.rand) < p_uncond
     return to_global, draw_rows(n, lambda m: torch.randint(1, T + 1, (m,))), draw_rows(n, lambda m: torch.randn(m, d))
 
-
+# %% ../nbs/05_training.ipynb #c063b
 def diffusion_loss(denoiser: Denoiser, schedule: Schedule, z0: torch.Tensor, labels: torch.Tensor, *,
                    p_uncond: float = 0.1, drop: str = "random", min_snr: float | None = None,
                    draws: Sequence[torch.Tensor] | None = None) -> torch.Tensor:

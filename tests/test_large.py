@@ -412,7 +412,7 @@ def test_every_cell_once_per_epoch_and_a_pure_function_of_the_step(n, batch_size
     try:
         for s in [*range(steps), 0, steps - 1, 1]:
             assert np.array_equal(reading.read(s)[:, 0], rows[s] + 1)
-            assert len(reading._held) <= len(reading._pieces(s)) and len(reading._coming) <= 1
+            assert len(reading._held) <= len(reading.order.pieces(s)) and len(reading._coming) <= 1
     finally:
         reading.close()
     if n > 30:
@@ -434,10 +434,10 @@ def test_a_buffer_is_bounded_in_bytes():
     reader.counts = sp.csr_matrix(np.ones((10_000, 3)))
     per_block = 8 * training.BLOCK * 3
     with patch.object(training, "BUFFER_BYTES", 5 * per_block):
-        assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).buffer == 5
+        assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == 5
     with patch.object(training, "BUFFER_BYTES", 1):
-        assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).buffer == 1
-    assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).buffer == training.BUFFER
+        assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == 1
+    assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == training.BUFFER
 
 
 def test_errors_of_the_thread_are_raised():
