@@ -81,6 +81,8 @@ CHOICES = {
     "selection": SELECTIONS,
     "pre_guidance": (True, False),
 }
+
+# %% ../nbs/08_model.ipynb #c007b
 RANGES = {
     "p_uncond": (0, 1),
     "dropout": (0, 0.99),
@@ -96,7 +98,7 @@ RANGES = {
     "beta_T": (1e-9, 0.999),
 }
 
-
+# %% ../nbs/08_model.ipynb #c007d
 def _check_settings(config: "Config") -> None:
     """Refuse settings that no later chapter could work with."""
     for name, known in CHOICES.items():
@@ -220,7 +222,7 @@ class Config:
         """Numbers per cell that are diffused: the latent, and with a count head the library size."""
         return self.latent + (self.head != "mse")
 
-
+# %% ../nbs/08_model.ipynb #c009b
 MSE = {"head": "mse", "latent": 128, "hidden": 512, "widths": (512, 256, 128), "prediction": "eps",
        "lr_schedule": "constant", "selection": "top", "sampler": "ddpm"}
 PAPER = MSE | {"transform": "none", "latent_act": "relu", "drop": "first_k", "ema": None, "clip": None, "scope": "all"}
@@ -243,7 +245,7 @@ def make_config(preset: str = "default", **options) -> Config:
     base: dict[str, Any] = PAPER if preset == "paper" else MSE if options.get("head") == "mse" else {}
     return Config(**(base | options))
 
-
+# %% ../nbs/08_model.ipynb #c009c
 MANY_CELLS = 8_000
 MANY: dict[str, Any] = {"decoder_width": 256, "decoder_rank": 32}
 
@@ -310,7 +312,7 @@ def _replace(path: Path, put: Callable[[Path], object]) -> None:
     with replacing(path) as temporary:
         put(temporary)
 
-
+# %% ../nbs/08_model.ipynb #c023b
 def write_folder(
     folder: Path, config: dict, labels: dict, genes: Sequence[str], tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -384,7 +386,7 @@ def _whole(name: str, value, *, least: int = 1) -> int:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
 
-
+# %% ../nbs/08_model.ipynb #c028b
 def _check_noise(config: Config) -> None:
     """Warn of a schedule that ends far from pure noise, where sampling starts; refuse one that leaves nothing to compute with."""
     left = float(linear_schedule(config.T, beta_1=config.beta_1, beta_T=config.beta_T).alpha_bar[-1]) ** 0.5
@@ -400,7 +402,7 @@ def _check_noise(config: Config) -> None:
             stacklevel=3,
         )
 
-
+# %% ../nbs/08_model.ipynb #c028d
 def _weights_hash(network: torch.nn.Module) -> str:
     """Short checksum of the weights."""
     digest = hashlib.sha256()
@@ -423,7 +425,7 @@ def _same_autoencoder(path: Path, ae_steps: int, budget_s: float | None) -> None
             f"{ae_steps}; give ae_steps={step} (--ae-steps {step}), or delete denoiser.safetensors there"
         )
 
-# %% ../nbs/08_model.ipynb #c030
+# %% ../nbs/08_model.ipynb #c030b
 Cells: TypeAlias = ad.AnnData | DiskCells | str | Path
 
 
@@ -435,7 +437,7 @@ def _opened(cells: Cells, layer: str | None) -> ad.AnnData | DiskCells:
         raise InputError(f"cells must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
     return open_cells(cells, layer=layer) if cells.isbacked and not cells.is_view else cells
 
-
+# %% ../nbs/08_model.ipynb #c030
 class _Parts:
     """Settings, labels, genes and networks; see `SCLD`."""
 
@@ -974,7 +976,7 @@ class _SamplesInChunks(_Samples):
             writer.uns = {"scld": facts}
         return facts
 
-# %% ../nbs/08_model.ipynb #c038
+# %% ../nbs/08_model.ipynb #c036b
 def count_autoencoder_steps(n_cells: int, batch_size: int = 128) -> int:
     """Optimiser steps that a count head's autoencoder takes by default: 100 passes over the cells, but 600 to 3,000 steps."""
     return min(3_000, max(600, round(100 * n_cells / batch_size)))
@@ -985,7 +987,7 @@ def count_denoiser_steps(n_cells: int, batch_size: int = 128) -> int:
     at most 18,000."""
     return min(18_000, 6_000 + round(192 * max(0, n_cells - MANY_CELLS) / batch_size))
 
-
+# %% ../nbs/08_model.ipynb #c038
 class _Learns(_SamplesInChunks):
     """Round and Map, the denoiser, the Scorer."""
 
