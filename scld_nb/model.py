@@ -10,6 +10,7 @@ __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'MSE', 'PAPER', 'MANY_CELLS'
 # %% ../nbs/08_model.ipynb #c003
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import threading
@@ -437,6 +438,48 @@ def _opened(cells: Cells, layer: str | None) -> ad.AnnData | DiskCells:
         raise InputError(f"cells must be an AnnData or the path of an .h5ad file, got {type(cells).__name__}")
     return open_cells(cells, layer=layer) if cells.isbacked and not cells.is_view else cells
 
+# %% ../nbs/08_model.ipynb #c030d
+def _fingerprint(counts: sparse.csr_matrix | DiskReader, codes: np.ndarray, *about: Any) -> str:
+    """SHA-256 of cells, labels, and whatever else decides a run."""
+    digest, parts = hashlib.sha256(), [codes]
+    if isinstance(counts, DiskReader):                         # other minibatches than in memory, hence another run
+        digest.update(json.dumps([counts.digest, BLOCK, BUFFER, BUFFER_BYTES]).encode())
+    else:
+        parts = [counts.data, counts.indices, counts.indptr, codes]
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    digest.update(json.dumps([*about]).encode())
+    return digest.hexdigest()
+
+# %% ../nbs/08_model.ipynb #c030g
+def _round_and_map(
+    c: Config, n_genes: int, means: np.ndarray, counts: sparse.csr_matrix | DiskReader | None, n_cells: int
+) -> Autoencoder | CountAutoencoder:
+    """Round and Map for the head; count heads start from the training cells, unless weights are to be loaded."""
+    if c.head == "mse":
+        return Autoencoder(
+            n_genes,
+            c.latent,
+            hidden=c.hidden,
+            latent_act=c.latent_act,
+            out_act=c.out_act,
+            gene_means=torch.from_numpy(means[-1]),
+        )
+    start: dict[str, Any] = {} if counts is None else {"n_cells": n_cells, "start": count_start(counts)}
+    return CountAutoencoder(
+        n_genes,
+        c.latent,
+        hidden=c.hidden,
+        width=c.decoder_width,
+        rank=c.decoder_rank,
+        head=c.head,
+        dispersion=c.dispersion,
+        outliers=c.outliers,
+        kl=c.kl,
+        tau=c.tau,
+        **start,
+    )
+
 # %% ../nbs/08_model.ipynb #c030
 class _Parts:
     """Settings, labels, genes and networks; see `SCLD`."""
@@ -473,51 +516,13 @@ class _Parts:
                 warnings.warn(doubt, stacklevel=3)
         self._reader: CellReader | None = reader
         self.history: dict[str, dict] = {}
-        self.fingerprint = self._fingerprint(counts)
+        self.fingerprint = _fingerprint(counts, self._codes, self.genes, self.labels, asdict(self.config))
         _check_noise(self.config)
         self._build(cluster_means(reader, self._codes, len(self.labels)), counts)
 
     def _space(self) -> dict[str, Any]:
         """The scale in which a reader delivers cells."""
         return {"target_sum": TARGET_SUM, "transform": self.config.transform}
-
-    def _fingerprint(self, counts: sparse.csr_matrix | DiskReader) -> str:
-        digest, parts = hashlib.sha256(), [self._codes]
-        if isinstance(counts, DiskReader):                     # other minibatches than in memory, hence another run
-            digest.update(json.dumps([counts.digest, BLOCK, BUFFER, BUFFER_BYTES]).encode())
-        else:
-            parts = [counts.data, counts.indices, counts.indptr, self._codes]
-        for part in parts:
-            digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-        digest.update(json.dumps([self.genes, self.labels, asdict(self.config)]).encode())
-        return digest.hexdigest()
-
-    def _make_autoencoder(self, means: np.ndarray, counts: sparse.csr_matrix | DiskReader | None) -> Autoencoder | CountAutoencoder:
-        """Round and Map for the head; count heads start from the training cells, unless weights are to be loaded."""
-        c, n_genes = self.config, len(self.genes)
-        if c.head == "mse":
-            return Autoencoder(
-                n_genes,
-                c.latent,
-                hidden=c.hidden,
-                latent_act=c.latent_act,
-                out_act=c.out_act,
-                gene_means=torch.from_numpy(means[-1]),
-            )
-        start: dict[str, Any] = {} if counts is None else {"n_cells": len(self._codes), "start": count_start(counts)}
-        return CountAutoencoder(
-            n_genes,
-            c.latent,
-            hidden=c.hidden,
-            width=c.decoder_width,
-            rank=c.decoder_rank,
-            head=c.head,
-            dispersion=c.dispersion,
-            outliers=c.outliers,
-            kl=c.kl,
-            tau=c.tau,
-            **start,
-        )
 
     def _build(self, means: np.ndarray, counts: sparse.csr_matrix | DiskReader | None = None) -> None:
         """Make the networks; initial weights are a function of the seed."""
@@ -526,7 +531,7 @@ class _Parts:
         cpu = torch.device("cpu")
         with kept_generators(cpu):
             seed_generators(counter_seed(self.seed, "init"), cpu)
-            self.autoencoder = self._make_autoencoder(means, counts).to(self.device)
+            self.autoencoder = _round_and_map(c, n_genes, means, counts, len(self._codes)).to(self.device)
             self.denoiser = Denoiser(
                 torch.from_numpy(means),
                 c.width,
@@ -607,6 +612,14 @@ class _Draws(_Parts):
         m = proportional(n, self.label_counts) if m is None else m
         return np.random.default_rng(counter_seed(seed, "labels")).permutation(np.repeat(np.arange(len(m)), m))
 
+    def _with_surplus(self, n: int, keep: float, label: str | None, omega: float, seed: int, m: np.ndarray | None) -> np.ndarray:
+        """Condition of every cell to generate, so that those asked for are left when the Scorer has taken its share."""
+        if self.config.scope == "all":
+            return self._conditions(n_to_generate(n, keep), label, omega, seed, m)
+        k, m = np.unique(self._conditions(n, label, omega, seed, m), return_counts=True)
+        k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
+        return np.random.default_rng(counter_seed(seed, "order")).permutation(k)
+
     def _decoded(self, z: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
         """Map latents to dense blocks of cells; no gene can hold more than the whole library, whatever an untrained network says.
 
@@ -632,6 +645,14 @@ class _Draws(_Parts):
             return x
         x = x * (TARGET_SUM / x.sum(dim=1, keepdim=True))
         return x.log1p() if self.config.transform == "log1p" else x
+
+    def _finished(self, z: torch.Tensor, seed: int) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """Cells of a batch of latents, and their scores; NaN without a Scorer."""
+        cells, scores, scored = [], [], "scorer" in self.history
+        for x in self._decoded(z, seed):
+            cells.append(sparse_rows(x, np.float32 if self.config.head == "mse" else np.int32))
+            scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
+        return sparse.vstack(cells, format="csr"), np.concatenate(scores)
 
     def _generate(
         self,
@@ -677,11 +698,7 @@ class _Draws(_Parts):
         def batches() -> Iterator[tuple[sparse.csr_matrix, np.ndarray]]:
             alone = not stream or self.device.type == "mps"          # two threads of Python on one of Apple's GPUs end the process
             for b, z in latents() if alone else bounded_queue(latents(), stop=stop):
-                cells, scores, scored = [], [], "scorer" in self.history
-                for x in self._decoded(z, counter_seed(seed, "counts", b)):
-                    cells.append(sparse_rows(x, np.float32 if c.head == "mse" else np.int32))
-                    scores.append(self.scorer.score(self._in_model_space(x)).cpu().numpy() if scored else np.full(len(x), np.nan))
-                yield sparse.vstack(cells, format="csr"), np.concatenate(scores)
+                yield self._finished(z, counter_seed(seed, "counts", b))
 
         everywhere = "fp32" if (self.device.type, c.precision) == ("cuda", "bf16") else c.precision      # autocast is for the denoiser only
         with bar, reduced_precision(self.device, everywhere), torch.no_grad():
@@ -805,12 +822,7 @@ class _Samples(_Draws):
         if keep < 1 and "scorer" not in self.history:
             raise InputError("this model was trained without a Scorer; pass keep=1, or train with scorer=True")
         own = seed if label is None or omega == -1 else counter_seed(seed, "label", label)       # two labels share no noise
-        if self.config.scope == "all":
-            k = self._conditions(n_to_generate(n, keep), label, omega, own, m)
-        else:
-            k, m = np.unique(self._conditions(n, label, omega, own, m), return_counts=True)
-            k = np.repeat(k, [n_to_generate(int(count), keep) for count in m])
-            k = np.random.default_rng(counter_seed(own, "order")).permutation(k)
+        k = self._with_surplus(n, keep, label, omega, own, m)
         x, scores = self._generate(
             k, omega, seed=own, sampler=sampler, steps=steps, size=batch_size, show=progress, stream=stream
         )
@@ -863,6 +875,18 @@ class _Samples(_Draws):
         } | provenance
         return out
 
+# %% ../nbs/08_model.ipynb #c035a
+def _dealt(left: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Of ``left`` cells per label, those of one chunk of ``size`` after the other; the last chunk takes what is left."""
+    for i in itertools.count():
+        if left.sum() <= size:
+            yield left
+            return
+        rng = np.random.default_rng(counter_seed(seed, "chunk labels", i))
+        m = rng.multivariate_hypergeometric(left, size, method="marginals")
+        yield m
+        left = left - m
+
 # %% ../nbs/08_model.ipynb #c036
 CHUNK = 16_384
 MOST = 10**9
@@ -911,11 +935,8 @@ class _SamplesInChunks(_Samples):
         if full and total >= MOST:                             # numpy deals out fewer
             raise InputError(f"chunks make fewer than {MOST:,} cells, those that the Scorer takes out included; got {total:,}; draw several times, each with another seed")
         left = proportional(total, self.label_counts) if per_label is None else per_label
-        for i in range(full + 1):
+        for i, m in enumerate(_dealt(left, to_draw(chunk_size), seed)):
             size = chunk_size if i < full else rest + 1
-            rng = np.random.default_rng(counter_seed(seed, "chunk labels", i))
-            m = left if i == full else rng.multivariate_hypergeometric(left, to_draw(size), method="marginals")
-            left = left - m
             own = seed if i == 0 else counter_seed(seed, "chunk", i)
             cells = self._sample(size, label, m=m, **options | {"seed": own})
             if i and cells is not None:
@@ -986,6 +1007,21 @@ def count_denoiser_steps(n_cells: int, batch_size: int = 128) -> int:
     """Optimiser steps that the denoiser of a count head takes by default: 6,000, and 192 passes over every cell beyond `MANY_CELLS`, but
     at most 18,000."""
     return min(18_000, 6_000 + round(192 * max(0, n_cells - MANY_CELLS) / batch_size))
+
+# %% ../nbs/08_model.ipynb #c036e
+def _what_is_little(labels: Sequence[str], label_counts: Sequence[int], batch_size: int) -> list[str]:
+    """What a user should be told of these cells before they are learned; nothing, mostly."""
+    few = [f"{name!r} ({count})" for name, count in zip(labels, label_counts) if count < 10]
+    n_cells, notes = sum(label_counts), []
+    if few and len(labels) > 1:
+        notes.append(f"labels with fewer than 10 cells are learned mostly from the others: {', '.join(few[:5] + ['...'] * (len(few) > 5))}")
+    if missing := [name for name in labels if name.strip().lower() in ("", "nan", "none", "na")]:
+        notes.append(f"{missing[0]!r} is learned as a label like any other; if it means that cells have none, leave them out")
+    if len(labels) == 1:
+        notes.append("all cells have one label, so label and omega make no difference")
+    if n_cells < batch_size:
+        notes.append(f"{n_cells} cells are fewer than a batch of {batch_size}: every step sees all of them")
+    return notes
 
 # %% ../nbs/08_model.ipynb #c038
 class _Learns(_SamplesInChunks):
@@ -1060,7 +1096,8 @@ class _Learns(_SamplesInChunks):
         if scorer and len(self._codes) < 10:
             raise InputError(f"the Scorer needs at least 10 training cells, got {len(self._codes)}; give more, or pass scorer=False")
         if team.is_main:
-            self._note_what_is_little()
+            for note in _what_is_little(self.labels, self.label_counts, c.batch_size):
+                warnings.warn(note, stacklevel=2)
         common: dict[str, Any] = dict(
             budget_s=None if budget_s is None else budget_s / 2,
             seed=self.seed,
@@ -1096,10 +1133,6 @@ class _Learns(_SamplesInChunks):
             self._note("autoencoder", done, keep_partial, common["budget_s"], f"{max_steps} steps of the denoiser")
         common["basis"] = team.on_main(lambda: _weights_hash(self.autoencoder))      # as they were learned: what follows rounds as the device does
         latents, spread = self._latents(reader, folder)
-        if c.standardize == "none" and not isinstance(reader, DiskReader):
-            latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
-            self.autoencoder.latent_mean.zero_()
-            self.autoencoder.latent_std.fill_(1.0)
         team.adopt(self.autoencoder)
         done = train_denoiser(
             self.denoiser,
@@ -1125,25 +1158,15 @@ class _Learns(_SamplesInChunks):
             if isinstance(reader, DiskReader):
                 return fit_count_statistics_on_disk(self.autoencoder, reader.as_counts(), device=self.device, folder=folder)
             return fit_count_statistics(self.autoencoder, self._encoder_reader(reader), device=self.device)
+        standardize = self.config.standardize != "none"
         if isinstance(reader, DiskReader):
-            standardize = self.config.standardize != "none"
             return fit_latent_statistics_on_disk(self.autoencoder, reader, device=self.device, folder=folder, standardize=standardize), None
-        return fit_latent_statistics(self.autoencoder, reader, device=self.device), None
-
-    def _note_what_is_little(self) -> None:
-        """Say what will work, but not as one might think."""
-        few = [f"{name!r} ({count})" for name, count in zip(self.labels, self.label_counts) if count < 10]
-        size, notes = self.config.batch_size, []
-        if few and len(self.labels) > 1:
-            notes.append(f"labels with fewer than 10 cells are learned mostly from the others: {', '.join(few[:5] + ['...'] * (len(few) > 5))}")
-        if missing := [name for name in self.labels if name.strip().lower() in ("", "nan", "none", "na")]:
-            notes.append(f"{missing[0]!r} is learned as a label like any other; if it means that cells have none, leave them out")
-        if len(self.labels) == 1:
-            notes.append("all cells have one label, so label and omega make no difference")
-        if len(self._codes) < size:
-            notes.append(f"{len(self._codes)} cells are fewer than a batch of {size}: every step sees all of them")
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+        latents = fit_latent_statistics(self.autoencoder, reader, device=self.device)
+        if not standardize:                                    # the other reading of decision 22: undone, and no longer done
+            latents = latents * self.autoencoder.latent_std.cpu() + self.autoencoder.latent_mean.cpu()
+            self.autoencoder.latent_mean.zero_()
+            self.autoencoder.latent_std.fill_(1.0)
+        return latents, None
 
     def training_steps(self, max_steps: int | None = None, ae_steps: int | None = None) -> tuple[int, int]:
         """Steps of denoiser and autoencoder that `train` takes; see there."""
