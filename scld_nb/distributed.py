@@ -320,7 +320,7 @@ def _team(world: object) -> Team:
         raise TeamError(f"the processes did not find each other: {' '.join(str(error).split())[:160]}") from error
     return Team(dist.get_rank(), dist.get_world_size(), device, control)
 
-
+# %% ../nbs/05_distributed.ipynb #c016b
 def _compute_alone() -> None:
     """Of PyTorch's threads only one survives a fork; a second would be waited for at the first large loop, for ever."""
     torch.set_num_threads(1)
@@ -329,7 +329,7 @@ def _compute_alone() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compute_alone)
 
-
+# %% ../nbs/05_distributed.ipynb #c016d
 def _join(cpu: bool) -> None:
     """Meet the other processes, through accelerate."""
     try:
@@ -350,7 +350,7 @@ def _join(cpu: bool) -> None:
         raise InputError(f"{size} processes were started, but accelerate was set up in this one to work alone; give Accelerator(cpu=True)")
     atexit.register(leave)
 
-
+# %% ../nbs/05_distributed.ipynb #c016f
 def this_team(device: str | torch.device = "auto") -> Team:
     """The team that this process was started in, joined at the first call; ``Team()`` for a process alone.
 
