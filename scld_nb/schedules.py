@@ -185,20 +185,10 @@ class Schedule:
         if spacing == "time" or steps == 1:
             keep = torch.linspace(0, self.T, steps + 1, dtype=torch.float64).round().long()
         else:
-            keep = torch.from_numpy(self._logsnr_levels(steps, smallest))
+            keep = torch.from_numpy(_logsnr_levels(self, steps, smallest))
         a = self.alpha_bar[keep]
         betas = torch.cat([torch.zeros(1, dtype=torch.float64), 1.0 - a[1:] / a[:-1]])
         return Schedule(betas=betas, timesteps=self.timesteps[keep])
-
-    def _logsnr_levels(self, steps: int, smallest: float) -> np.ndarray:
-        """0 and ``steps`` different levels, the last one T, nearest to even spacing in log SNR."""
-        log_snr, i = self.snr.log().numpy(), np.arange(steps)
-        first = 1 + int(np.searchsorted((1.0 - self.alpha_bar[1:]).sqrt().numpy(), smallest))
-        first = min(first, self.T - steps + 1)
-        wanted = np.linspace(log_snr[first - 1], log_snr[-1], steps)
-        t = np.interp(-wanted, -log_snr, np.arange(1, self.T + 1)).round().astype(np.int64)
-        t = np.maximum.accumulate(t - i) + i                # where levels are sparse, no level twice
-        return np.concatenate([[0], np.minimum(t, self.T - i[::-1])])
 
 # %% ../nbs/02_schedules.ipynb #c019
 def linear_schedule(T: int = 1000, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
@@ -224,3 +214,14 @@ def linear_schedule(T: int = 1000, *, beta_1: float = 1e-4, beta_T: float = 0.02
         raise InputError(f"T must be a positive number of steps, got {T}")
     inner = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
     return Schedule(betas=torch.cat([torch.zeros(1, dtype=torch.float64), inner]), timesteps=torch.arange(T + 1))
+
+# %% ../nbs/02_schedules.ipynb #c057a
+def _logsnr_levels(schedule: Schedule, steps: int, smallest: float) -> np.ndarray:
+    """0 and ``steps`` different levels, the last one T, nearest to even spacing in log SNR."""
+    T, log_snr, i = schedule.T, schedule.snr.log().numpy(), np.arange(steps)
+    first = 1 + int(np.searchsorted((1.0 - schedule.alpha_bar[1:]).sqrt().numpy(), smallest))
+    first = min(first, T - steps + 1)
+    wanted = np.linspace(log_snr[first - 1], log_snr[-1], steps)
+    t = np.interp(-wanted, -log_snr, np.arange(1, T + 1)).round().astype(np.int64)
+    t = np.maximum.accumulate(t - i) + i                    # where levels are sparse, no level twice
+    return np.concatenate([[0], np.minimum(t, T - i[::-1])])
