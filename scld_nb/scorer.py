@@ -232,10 +232,7 @@ def keep_by_odds(scores: np.ndarray, labels: np.ndarray | None = None, *, keep: 
     keys = np.log(s) - np.log1p(-s) + np.random.default_rng(seed).gumbel(size=s.shape)
     return keep_top(keys, labels, keep=keep)
 
-# %% ../nbs/07_scorer.ipynb #c041
-Item = TypeVar("Item")
-
-
+# %% ../nbs/07_scorer.ipynb #c041a
 def _wait_for_end(thread: threading.Thread) -> None:
     """Join a thread to its very end.
 
@@ -245,6 +242,9 @@ def _wait_for_end(thread: threading.Thread) -> None:
     thread.join()
     while os.path.exists(f"/proc/self/task/{thread.native_id}"):      # Linux; elsewhere nothing tells
         time.sleep(0.0005)
+
+# %% ../nbs/07_scorer.ipynb #c041
+Item = TypeVar("Item")
 
 
 def bounded_queue(produce: Iterable[Item], *, maxsize: int = 4, stop: threading.Event | None = None) -> Iterator[Item]:
