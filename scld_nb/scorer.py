@@ -49,6 +49,46 @@ class Scorer(nn.Module):
         """Probability of "real", shape ``(n,)``."""
         return F.softmax(self(x).float(), dim=1)[:, 1]
 
+# %% ../nbs/07_scorer.ipynb #c012b
+class _BothKinds:
+    """Real and generated cells from which minibatches are made.
+
+    Parameters
+    ----------
+    real, fake
+        Cells in model space.
+    rows_real, rows_fake
+        Those of them that will be asked for.
+    device
+        Where minibatches are wanted.
+    """
+
+    def __init__(
+        self, real: CellReader, fake: sparse.csr_matrix, rows_real: np.ndarray, rows_fake: np.ndarray, device: torch.device
+    ):
+        self.real, self.fake, self.device = real, fake, device
+        self.kept = [np.sort(rows_real), np.sort(rows_fake)]         # the few cells that are looked at
+        there = on_device(real, device, rows=self.kept[0])
+        self.there = None if there is None else [there, OnDevice(fake[self.kept[1]], device)]
+
+    def batch(self, r: np.ndarray, f: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Real cells of rows ``r``, then generated ones of rows ``f``; and 1 for each real one, 0 for the others."""
+        y = torch.from_numpy(np.repeat([1, 0], [len(r), len(f)])).to(self.device)
+        if self.there is not None:
+            return torch.cat([cells.dense(torch.from_numpy(np.searchsorted(all_of, np.sort(rows))).to(self.device))
+                              for cells, all_of, rows in zip(self.there, self.kept, (r, f), strict=True)]), y
+        x = np.concatenate([self.real.read(np.sort(r)), self.fake[np.sort(f)].toarray()])
+        return torch.from_numpy(x).to(self.device), y
+
+# %% ../nbs/07_scorer.ipynb #c012e
+def _held_out(scorer: Scorer, held: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """Loss and accuracy over all blocks of held-out cells."""
+    scorer.eval()
+    with torch.no_grad():
+        out = [(scorer(x), y) for x, y in held]
+        logits, y = torch.cat([o for o, _ in out]), torch.cat([y for _, y in out])
+        return float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+
 # %% ../nbs/07_scorer.ipynb #c013
 def train_scorer(
     scorer: Scorer,
@@ -112,19 +152,9 @@ def train_scorer(
     rows_real, rows_fake = rng.permutation(real.n_obs)[:n], rng.permutation(fake.shape[0])[:n]
     n_held = max(1, int(holdout * n))
 
-    kept = [np.sort(rows_real), np.sort(rows_fake)]          # the few cells that are looked at
-    real_there = on_device(real, device, rows=kept[0])
-    there = None if real_there is None else [real_there, OnDevice(fake[kept[1]], device)]
-
-    def batch(r: np.ndarray, f: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        y = torch.from_numpy(np.repeat([1, 0], [len(r), len(f)])).to(device)
-        if there is not None:
-            return torch.cat([cells.dense(torch.from_numpy(np.searchsorted(all_of, np.sort(rows))).to(device))
-                              for cells, all_of, rows in zip(there, kept, (r, f), strict=True)]), y
-        return torch.from_numpy(np.concatenate([real.read(np.sort(r)), fake[np.sort(f)].toarray()])).to(device), y
-
+    both = _BothKinds(real, fake, rows_real, rows_fake, device)
     held = [
-        batch(rows_real[i : min(i + 512, n_held)], rows_fake[i : min(i + 512, n_held)]) for i in range(0, n_held, 512)
+        both.batch(rows_real[i : min(i + 512, n_held)], rows_fake[i : min(i + 512, n_held)]) for i in range(0, n_held, 512)
     ]
     train_real, train_fake = rows_real[n_held:], rows_fake[n_held:]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=lr)
@@ -135,16 +165,12 @@ def train_scorer(
             scorer.train()
             order_r, order_f = rng.permutation(train_real), rng.permutation(train_fake)
             for i in range(0, len(order_r), half):
-                x, y = batch(order_r[i : i + half], order_f[i : i + half])
+                x, y = both.batch(order_r[i : i + half], order_f[i : i + half])
                 error = F.cross_entropy(scorer(x), y)
                 optimizer.zero_grad(set_to_none=True)
                 error.backward()
                 optimizer.step()
-            scorer.eval()
-            with torch.no_grad():
-                out = [(scorer(x), y) for x, y in held]
-                logits, y = torch.cat([o for o, _ in out]), torch.cat([y for _, y in out])
-                loss, accuracy = float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+            loss, accuracy = _held_out(scorer, held)
             bar.update(1)
             if loss < best["loss"]:
                 best, state = {"loss": loss, "accuracy": accuracy, "epochs": epoch}, copy.deepcopy(scorer.state_dict())
