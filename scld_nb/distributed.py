@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -72,6 +72,28 @@ def wait_limit() -> float:
         if 0 < float(text) < 1e7:
             return float(text)
     raise InputError(f"SCLD_TIMEOUT_S={text!r} must be a positive number of seconds; unset it for 600")
+
+# %% ../nbs/05_distributed.ipynb #c011b
+@contextmanager
+def _meanwhile(meet: Callable[[threading.Event], None]) -> Iterator[None]:
+    """A block beside which ``meet`` runs in a thread until it is told that the block is done; a `TeamError` of it is raised at the end."""
+    done, lost = threading.Event(), []
+
+    def run() -> None:
+        try:
+            meet(done)
+        except TeamError as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=run, name="scld-meeting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if lost:
+        raise lost[0]
 
 # %% ../nbs/05_distributed.ipynb #c013
 Result = TypeVar("Result")
@@ -186,32 +208,28 @@ class Team:
             with self._in_touch():
                 dist.all_reduce(working, op=dist.ReduceOp.MAX, group=self.control)
 
-    @contextmanager
-    def _patient(self) -> Iterator[None]:
+    def _patient(self) -> AbstractContextManager[None]:
         """A block that all processes enter together and leave together, though some have much to do in it."""
-        done, lost = threading.Event(), []
-
-        def meet() -> None:
-            try:
-                self._meet_until_all_are_done(done)
-            except TeamError as error:
-                lost.append(error)
-
-        thread = threading.Thread(target=meet, name="scld-meeting", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-        if lost:
-            raise lost[0]
+        return _meanwhile(self._meet_until_all_are_done)
 
     def _hear(self, told: list) -> list:
         """``[went well, value]`` of the main process, on every process."""
         with self._in_touch():
             dist.broadcast_object_list(told, src=0, group=self.control)
         return told
+
+    @contextmanager
+    def _told_to_all(self) -> Iterator[list]:
+        """Work of the main process: the others, who wait in `_hear`, learn how it went and get the value put into the list."""
+        told = [True, None]
+        try:
+            with self._patient():
+                yield told
+        except BaseException as error:
+            with suppress(TeamError):
+                self._hear([False, f"{type(error).__name__}: {error}"])
+            raise
+        self._hear(told)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -225,14 +243,8 @@ class Team:
         if self.size == 1:
             yield
         elif self.is_main:
-            try:
-                with self._patient():
-                    yield
-            except BaseException as error:
-                with suppress(TeamError):
-                    self._hear([False, f"{type(error).__name__}: {error}"])
-                raise
-            self._hear([True, None])
+            with self._told_to_all():
+                yield
             with self._patient():                    # the others' turn
                 pass
         else:
@@ -251,15 +263,9 @@ class Team:
         if self.size == 1:
             return work()
         if self.is_main:
-            try:
-                with self._patient():
-                    result = work()
-            except BaseException as error:
-                with suppress(TeamError):
-                    self._hear([False, f"{type(error).__name__}: {error}"])
-                raise
-            self._hear([True, result])
-            return result
+            with self._told_to_all() as told:
+                told[1] = work()
+            return told[1]
         with self._patient():
             pass
         well, value = self._hear([None, None])
