@@ -787,6 +787,13 @@ class _Samples(_Draws):
             raise InputError(f"unknown label {unknown[0]!r}; known: {', '.join(self.labels)}")
         return _whole("n", sum(asked.values())), np.array([asked.get(name, 0) for name in self.labels])
 
+    def _share(self, keep: float | None) -> float:
+        """Share that survives the Scorer: the one asked for, or the model's."""
+        keep = self.config.keep if keep is None else keep
+        if not isinstance(keep, int | float | np.integer | np.floating) or not 0 < keep <= 1:
+            raise InputError(f"keep must lie in (0, 1], got {keep!r}")
+        return keep
+
     def _sample(
         self,
         n: int,
@@ -806,19 +813,14 @@ class _Samples(_Draws):
         if "denoiser" not in self.history:
             raise InputError("the model is not trained; call train() first, or load a trained one")
         n, seed, batch_size = _whole("n", n), _whole("seed", seed, least=0), _whole("batch_size", batch_size)
-        label, omega, keep = (
-            None if label is None else str(label),
-            check_omega(omega),
-            self.config.keep if keep is None else keep,
-        )
+        label, omega = None if label is None else str(label), check_omega(omega)
         if label is not None and label not in self.labels:
             raise InputError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
         sampler = self.config.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
         steps = self._steps(sampling_steps, sampler)
-        if not isinstance(keep, int | float | np.integer | np.floating) or not 0 < keep <= 1:
-            raise InputError(f"keep must lie in (0, 1], got {keep!r}")
+        keep = self._share(keep)
         if keep < 1 and "scorer" not in self.history:
             raise InputError("this model was trained without a Scorer; pass keep=1, or train with scorer=True")
         own = seed if label is None or omega == -1 else counter_seed(seed, "label", label)       # two labels share no noise
@@ -921,14 +923,14 @@ class _SamplesInChunks(_Samples):
         """
         n, per_label = self._numbers(n, label, omega)
         chunk_size, seed = _whole("chunk_size", chunk_size), _whole("seed", seed, least=0)
-        share = self.config.keep if keep is None else keep
+        share = self._share(keep)
         known = {name: p.default for name, p in inspect.signature(self.sample).parameters.items() if p.kind is p.KEYWORD_ONLY}
         if unknown := options.keys() - known.keys():
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
         options = known | options | {"keep": keep, "omega": omega}
 
         def to_draw(size: int) -> int:                         # cells that get a label before the Scorer sees them
-            return n_to_generate(size, share) if self.config.scope == "all" and 0 < share <= 1 else size
+            return n_to_generate(size, share) if self.config.scope == "all" else size
 
         full, rest = divmod(n - 1, chunk_size)                 # full chunks, and one of rest + 1 cells
         total = full * to_draw(chunk_size) + to_draw(rest + 1)

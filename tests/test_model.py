@@ -1,6 +1,7 @@
 """The object a user holds: settings, training, sampling, latents, files."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -1054,6 +1055,15 @@ def test_numbers_per_label(tiny_model, cells, tiny, tmp_path):
         SCLD(cells, "cell_type", device="cpu", **tiny, scope="all").train(2, ae_steps=2, progress=False).sample({"T": 3}, progress=False)
     with pytest.raises(InputError, match="must end in .h5ad"):
         tiny_model.sample_to(tmp_path / "x.csv", 3, progress=False)
+
+
+def test_a_keep_that_is_no_share_is_refused_in_chunks_too(tiny_model):
+    model = SCLD.__new__(SCLD)
+    model.__dict__ |= tiny_model.__dict__ | {"config": dataclasses.replace(tiny_model.config, scope="all")}
+    for keep in ("0.5", 0, float("nan")):
+        for drawing in (tiny_model, model):
+            with pytest.raises(InputError, match="keep must lie in"):
+                next(drawing.sample_chunks(3, keep=keep, progress=False))
 
 
 def test_reconstructions_keep_names_and_labels(tiny_model, cells):
