@@ -27,33 +27,10 @@ from tqdm import tqdm
 from .data import TARGET_SUM, InputError, _check_values, counts_matrix
 from .files import replacing
 from .large import DiskCells, open_cells
-from scld_nb.metrics import (
-    auc_null_sd,
-    label_classifier,
-    mmd,
-    mmd_bandwidth,
-    permute_genes,
-    purity,
-    rf_aucs,
-    tsne,
-)
+from .metrics import auc_null_sd, label_classifier, mmd, mmd_bandwidth, permute_genes, purity, rf_aucs, tsne
 from scld_nb.suite import (
-    Memorisation,
-    cell_statistics,
-    combined_auc,
-    gene_correlation,
-    gene_statistics,
-    ilisi,
-    joint_components,
-    ks_statistics,
-    marker_logfc,
-    mean_correlation,
-    memorisation,
-    precision_recall,
-    strict_aucs,
-    tstr,
-    variable_genes,
-    wasserstein,
+    Memorisation, cell_statistics, combined_auc, gene_correlation, gene_statistics, ilisi, joint_components, ks_statistics,
+    marker_logfc, mean_correlation, memorisation, precision_recall, strict_aucs, tstr, variable_genes, wasserstein,
 )
 
 # %% ../nbs/10_evaluation.ipynb #c008
@@ -312,12 +289,17 @@ def _logged(matrix):
     return matrix.log1p() if sp.issparse(matrix) else np.log1p(matrix)
 
 
+def _in_space(matrix, space: str):
+    "A matrix in counts20k brought to `space`."
+    return matrix if space == "counts20k" else _logged(matrix)
+
+# %% ../nbs/10_evaluation.ipynb #c021c
 def _judged(n: int, n_judge: int | None, seed: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
     "Rows of both sides that go before judges whose time grows faster than the number of cells."
     m = n if n_judge is None else min(n, n_judge)
     return _draw(n, m, seed, 7), _draw(n, m, seed, 7 if paired else 8)
 
-
+# %% ../nbs/10_evaluation.ipynb #c021e
 def _checksum(*parts: np.ndarray) -> str:
     "Short hash of rows or labels, to recognise what a control was made from."
     digest = hashlib.sha256()
@@ -341,11 +323,6 @@ def _row_keys(matrix) -> list[bytes]:
 def _repeated(matrix) -> int:
     "Rows that are equal to an earlier one."
     return matrix.shape[0] - len(set(_row_keys(matrix)))
-
-
-def _in_space(matrix, space: str):
-    "A matrix in counts20k brought to `space`."
-    return matrix if space == "counts20k" else _logged(matrix)
 
 # %% ../nbs/10_evaluation.ipynb #c022
 def compare(
@@ -405,7 +382,7 @@ def _flag(control: float | None, n: int) -> str | None:
         return None
     return f"control {control:.3f} outside 0.50 ± {_FLAG_WIDTH} (null sd {auc_null_sd(n):.3f})"
 
-
+# %% ../nbs/10_evaluation.ipynb #c025c
 def _labels(adata: ad.AnnData, key: str, name: str) -> np.ndarray:
     "A column of labels as text."
     if not isinstance(key, str):
@@ -416,7 +393,7 @@ def _labels(adata: ad.AnnData, key: str, name: str) -> np.ndarray:
         raise InputError(f"{name} has {missing} cells without a label in {key!r}: label or remove them, or leave labels_key (--labels) out")
     return adata.obs[key].astype(str).to_numpy(dtype=object)
 
-
+# %% ../nbs/10_evaluation.ipynb #c025d
 def _control_groups(real, others, n: int, seed: int, *, trained: bool) -> tuple:
     """Real cells, as many other real cells, and shuffled ones; and a sentence on how they were made.
 
@@ -588,7 +565,7 @@ class _Group:
             return sp.csr_matrix(sp.diags_array(scale) @ self.linear, dtype=np.float32)
         return self.linear * scale[:, None].astype(np.float32)
 
-
+# %% ../nbs/10_evaluation.ipynb #c040c
 def _library(adata: ad.AnnData, genes: Sequence[str], layer: str | None) -> np.ndarray | None:
     "Library size of each cell over `genes`; None for synthetic cells that are not counts."
     if "scld" in adata.uns and adata.uns["scld"].get("scale") not in (None, "counts"):
@@ -596,6 +573,7 @@ def _library(adata: ad.AnnData, genes: Sequence[str], layer: str | None) -> np.n
     matrix = _linear(adata, layer, "adata")[:, adata.var_names.get_indexer(list(genes))]
     return np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
 
+# %% ../nbs/10_evaluation.ipynb #c040f
 def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, options: dict, step, what: str) -> dict:
     "All measures of two equal groups: (space, metric, cluster) -> (value, sd, n); and F1 of real training cells for `tstr`."
     forest, n, paired = options["forest"], len(left), options["paired"] and what == "synthetic"
@@ -635,7 +613,7 @@ def _measure(left: _Group, right: _Group, train: _Group | None, chosen: dict, op
         found |= {("log1p", k, t): (v, None, learned) for k in ("tstr", "trtr") for t, v in taught[k].items()}
     return found
 
-
+# %% ../nbs/10_evaluation.ipynb #c040h
 def _copying(fake: _Group, train: _Group, heldout: _Group, seed: int) -> tuple[dict, Memorisation]:
     "The measures of copying in the form of `_measure`, and the distances."
     found = memorisation(fake.log, train.log, heldout.log, seed=seed)
@@ -665,6 +643,7 @@ def _suite_controls(real: _Group, others: _Group, train: _Group | None, chosen: 
             found["negative"] |= _copying(nonsense, train, real, seed)[0]
     return {side: [[*key, *values] for key, values in part.items()] for side, part in found.items()}
 
+# %% ../nbs/10_evaluation.ipynb #c042b
 _AUCS = ("strict_forest", "strict_boosting", "combined", "membership_auc")
 _WIDER = {"strict_boosting": 1.3, "combined": 1.5}      # trained judges of all genes scatter more than scores without meaning
 
@@ -678,7 +657,7 @@ def _null_sd(metric: str, n: int, n_reference: int | None) -> float | None:
     m = min(n, n_reference) if metric == "membership_auc" and n_reference is not None else n
     return _WIDER.get(metric, 1.0) * auc_null_sd(m)
 
-
+# %% ../nbs/10_evaluation.ipynb #c042d
 def _suite_records(
     groups: dict, rows: dict, labels: dict, sizes: dict, controls: dict, options: dict, notes: list, step
 ) -> tuple[list[dict], dict]:
@@ -731,7 +710,7 @@ def _suite_records(
         notes.append(f"no synthetic cell is labelled {options['labels_key']} {', '.join(lacking)}: F1 0 there in tstr")
     return records, _details(real, fake, chosen, copies)
 
-
+# %% ../nbs/10_evaluation.ipynb #c042f
 def _details(real: _Group, fake: _Group, chosen: dict, copies: Memorisation | None) -> dict:
     "What the pictures of the suite are drawn from, small enough for a report file."
     some = np.unique(np.linspace(0, real.linear.shape[1] - 1, 3000).astype(int))
@@ -875,7 +854,7 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
         raise InputError(f"{name}.obs has no column {key!r}: it has {', '.join(there.columns) or 'none'}")
     return replace(there, uns=about | there.uns)
 
-
+# %% ../nbs/10_evaluation.ipynb #c071c
 def _in_memory(
     real: Cells, synth: Cells, train: Cells | None, *, n_max: int | None, seed: int, paired: bool, alone: bool, key: str | None, layer: str | None
 ) -> tuple[ad.AnnData, ad.AnnData, ad.AnnData | None, str, list[str]]:
