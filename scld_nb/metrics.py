@@ -106,7 +106,7 @@ class RFResult:
         "|auc - 0.5|; 0 is best."
         return abs(self.auc - 0.5)
 
-# %% ../nbs/09_metrics.ipynb #c017
+# %% ../nbs/09_metrics.ipynb #c016c
 def _votes_cut_at(forest, cells, depth: int) -> np.ndarray:
     "Mean vote for class 1 of trees cut at `depth`: whoever gets that far is judged by the node there, as by a leaf."
     x = np.asarray(cells.toarray() if sp.issparse(cells) else cells, dtype=np.float32)  # what trees compare
@@ -122,7 +122,7 @@ def _votes_cut_at(forest, cells, depth: int) -> np.ndarray:
         votes += shares[:, 1] / shares.sum(axis=1)
     return votes / len(forest.estimators_)
 
-
+# %% ../nbs/09_metrics.ipynb #c017
 def rf_aucs(
     real,
     fake,
@@ -402,13 +402,13 @@ def _kernel_sum(a, b, bandwidth: float, centre: np.ndarray) -> float:
                 total += block.sum() - np.trace(block)
     return float(total)
 
-# %% ../nbs/09_metrics.ipynb #c040
+# %% ../nbs/09_metrics.ipynb #c039c
 def _twin_sum(a, b, bandwidth: float, centre: np.ndarray) -> float:
     "Kernel summed over the pairs of row i of `a` and row i of `b`."
     gaps = (_dense(a, rows, centre) - _dense(b, rows, centre) for rows in _blocks(a.shape[0]))
     return float(sum(_kernel((gap**2).sum(axis=1), bandwidth).sum() for gap in gaps))
 
-
+# %% ../nbs/09_metrics.ipynb #c040
 def mmd(real, fake, *, bandwidth: float, weight: float = 1.0, paired: bool = False) -> MMDResult:
     """Maximum mean discrepancy with three Gaussian kernels (Shaham et al.), biased and unbiased.
 
