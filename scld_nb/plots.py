@@ -182,14 +182,14 @@ def figure5(panels: Sequence[Mapping], background=None, *, columns: int = 3) -> 
         axes.remove()
     return fig
 
-# %% ../nbs/11_plots.ipynb #c023
+# %% ../nbs/11_plots.ipynb #c022c
 def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     "Columns a figure cannot do without."
     lacking = [c for c in columns if c not in frame]
     if lacking or frame.empty:
         raise InputError(f"the table lacks {', '.join(lacking) or 'rows'}: it needs the columns {', '.join(columns)}")
 
-
+# %% ../nbs/11_plots.ipynb #c023
 def omega_curve(frame: pd.DataFrame) -> Figure:
     """Purity of generated cells against the guidance weight.
 
