@@ -239,7 +239,7 @@ def joint_components(real, fake, *, n_pcs: int = 50, seed: int = 0) -> tuple[np.
         scores = np.asarray(pca.transform(cells), dtype=np.float64)
     return scores[: real.shape[0]], scores[real.shape[0] :]
 
-
+# %% ../nbs/09_suite.ipynb #c024c
 def _points(real, fake, k: int) -> tuple[np.ndarray, np.ndarray]:
     "Two equal groups of points as dense float64 about their common mean; k neighbours must exist."
     real, fake = _pair(real, fake, 2)
@@ -305,6 +305,18 @@ def precision_recall(real, fake, *, k: int = 5) -> dict[str, float]:
     shares = {"precision": inside > 0, "recall": recalled, "density": inside / k, "coverage": covered}
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
+# %% ../nbs/09_suite.ipynb #c029b
+def _transport(cost: np.ndarray, solver: str) -> float:
+    "Least mean cost of moving n equal masses onto n others."
+    if solver == "scipy":
+        return float(cost[linear_sum_assignment(cost)].mean())
+    try:
+        import ot
+    except ImportError:
+        raise InputError("solver is 'pot', but POT is not installed: pip install 'scld-nb[metrics]', or take solver='scipy'") from None
+    mass = np.full(len(cost), 1 / len(cost))
+    return float(max(ot.emd2(mass, mass, cost, numItermax=10_000_000), 0.0))
+
 # %% ../nbs/09_suite.ipynb #c030
 def wasserstein(real, fake, *, n_max: int = 2000, seed: int = 0, solver: str = "scipy") -> dict[str, float]:
     """Exact Wasserstein distances of order 1 and 2 between two groups of points.
@@ -347,18 +359,6 @@ def wasserstein(real, fake, *, n_max: int = 2000, seed: int = 0, solver: str = "
     costs = {"wasserstein1": np.sqrt(squares), "wasserstein2": squares}
     found = {name: _transport(cost, solver) for name, cost in costs.items()}
     return {"wasserstein1": found["wasserstein1"], "wasserstein2": float(np.sqrt(found["wasserstein2"])), "n": n}
-
-
-def _transport(cost: np.ndarray, solver: str) -> float:
-    "Least mean cost of moving n equal masses onto n others."
-    if solver == "scipy":
-        return float(cost[linear_sum_assignment(cost)].mean())
-    try:
-        import ot
-    except ImportError:
-        raise InputError("solver is 'pot', but POT is not installed: pip install 'scld-nb[metrics]', or take solver='scipy'") from None
-    mass = np.full(len(cost), 1 / len(cost))
-    return float(max(ot.emd2(mass, mass, cost, numItermax=10_000_000), 0.0))
 
 # %% ../nbs/09_suite.ipynb #c033
 def _perplexity_weights(squares: np.ndarray, perplexity: float) -> np.ndarray:
@@ -453,7 +453,7 @@ def gene_statistics(cells) -> pd.DataFrame:
     cv = np.divide(np.sqrt(variance), mean, out=np.zeros_like(mean), where=mean > 0)
     return pd.DataFrame({"mean": mean, "variance": variance, "cv": cv, "zeros": 1 - filled / n})
 
-
+# %% ../nbs/09_suite.ipynb #c043c
 def cell_statistics(counts) -> pd.DataFrame:
     """Library size and number of detected genes of each cell.
 
@@ -476,7 +476,7 @@ def cell_statistics(counts) -> pd.DataFrame:
     library, detected = (np.asarray(m.sum(axis=1), dtype=np.float64).ravel() for m in (counts, counts > 0))
     return pd.DataFrame({"library": library, "detected": detected})
 
-
+# %% ../nbs/09_suite.ipynb #c043e
 def ks_statistics(real: pd.DataFrame, fake: pd.DataFrame) -> dict[str, float]:
     """Two-sample Kolmogorov-Smirnov statistic of each column.
 
@@ -520,7 +520,7 @@ def _similarity(a: np.ndarray, b: np.ndarray, measure=pearsonr) -> float:
         return float(np.array_equal(a, b))
     return float(measure(a, b).statistic)
 
-
+# %% ../nbs/09_suite.ipynb #c046c
 def gene_correlation(real, fake, *, genes=None) -> dict[str, float]:
     """How well dependence between genes is kept.
 
@@ -550,7 +550,7 @@ def gene_correlation(real, fake, *, genes=None) -> dict[str, float]:
     a, b = (_correlations(x, genes)[upper] for x in (real, fake))
     return {"gene_correlation": _similarity(a, b), "gene_correlation_gap": float(np.abs(a - b).mean())}
 
-
+# %% ../nbs/09_suite.ipynb #c046e
 def mean_correlation(real, fake) -> dict[str, float]:
     """Correlation of gene means, which saturates early: a weak measure.
 
@@ -591,7 +591,7 @@ def _labels_of(cells, labels, name: str) -> np.ndarray:
         raise InputError(f"the labels of {name} have shape {labels.shape} and {name} {cells.shape[0]} cells: give one label per cell")
     return labels
 
-
+# %% ../nbs/09_suite.ipynb #c052d
 def marker_logfc(
     real, real_labels, fake, fake_labels, train, train_labels, *, n_markers: int = 50, min_cells: int = 10
 ) -> dict[str, dict[str, float]]:
@@ -739,13 +739,13 @@ class Memorisation:
     n: int
     n_reference: int
 
-
+# %% ../nbs/09_suite.ipynb #c060c
 def _ratios(squares: np.ndarray) -> np.ndarray:
     "Nearest over second nearest distance; 1 where both are 0."
     first, second = np.sqrt(squares).T
     return np.divide(first, second, out=np.ones_like(first), where=second > 0)
 
-
+# %% ../nbs/09_suite.ipynb #c060e
 def membership_auc(members, others, fake, *, reference=None) -> float:
     """Area under the ROC curve of guessing who was a training cell, from the synthetic cells.
 
@@ -785,7 +785,7 @@ def membership_auc(members, others, fake, *, reference=None) -> float:
             score = np.log(np.sqrt(_nearest(real - centre, groups["reference"] - centre, 1)[:, 0]) + 1e-12) - np.log(nearest + 1e-12)
     return float(roc_auc_score(np.repeat([1, 0], [len(groups["members"]), len(groups["others"])]), score))
 
-
+# %% ../nbs/09_suite.ipynb #c060g
 def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Memorisation:
     """Whether synthetic cells are copies of training cells.
 
