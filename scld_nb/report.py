@@ -27,9 +27,9 @@ class _Measure:
     title: str
     section: str
     asks: str
-    kind: str  # "half": 0.5 is best; "high", "low": between 0 and 1; "distance", "density", "nearness": ratios to the control; "none"
+    kind: str  # "half": 0.5 is best; "half_above": only more than 0.5 is bad; "high", "low": between 0 and 1; "distance", "density", "nearness": ratios to the control; "none"
 
-
+# %% ../nbs/12_report.ipynb #c006c
 _SECTIONS = {
     "judges": ("Can a judge tell them apart?", "A classifier learns to tell real from synthetic cells and is then asked about cells it has not seen. 0.5 means it can only guess; 1 means it always knows."),
     "shape": ("Do both clouds of cells have the same shape?", "Distances and neighbourhoods among all cells. Read each value beside its control: that is what real cells reach against real cells."),
@@ -38,6 +38,7 @@ _SECTIONS = {
     "copies": ("Were training cells copied?", "Synthetic cells should be as near to training cells as to other real cells. Here the control is made of real cells that cannot be copies."),
 }
 
+# %% ../nbs/12_report.ipynb #c006e
 _KNOWN = {
     "rf_auc": _Measure("Random forest", "judges", "AUC on 50 principal components, the paper's protocol", "half"),
     "rf_auc_depth5": _Measure("Random forest of depth 5", "judges", "a milder judge, used by some other authors", "half"),
@@ -75,7 +76,12 @@ _KNOWN = {
     "distance_to_train": _Measure("Distance to the nearest training cell", "copies", "control: to the nearest of equally many held-out cells", "nearness"),
 }
 
+# %% ../nbs/12_report.ipynb #c006h
+def _word(worse: float, small: float, large: float) -> str:
+    "The verdict, with room for rounding at the limits."
+    return "like real" if worse <= small + 1e-9 else "close" if worse <= large + 1e-9 else "off"
 
+# %% ../nbs/12_report.ipynb #c006k
 def verdict(record: dict) -> str:
     """One word on a record: "like real", "close", "off", or "" where there is no control or no rule.
 
@@ -109,10 +115,12 @@ def verdict(record: dict) -> str:
     slack = 2 * (record["null_sd"] or 0.0)
     return _word(worse - slack, 0.03, 0.1)
 
-
-def _word(worse: float, small: float, large: float) -> str:
-    "The verdict, with room for rounding at the limits."
-    return "like real" if worse <= small + 1e-9 else "close" if worse <= large + 1e-9 else "off"
+# %% ../nbs/12_report.ipynb #c010b
+def _part(details: dict, name: str) -> dict:
+    "One part of the details."
+    if not details.get(name):
+        raise InputError(f"the report has no {name}: evaluate with suite=True" + (" and with train" if name == "distances" else ""))
+    return details[name]
 
 # %% ../nbs/12_report.ipynb #c011
 def gene_figure(details: dict) -> Figure:
@@ -151,7 +159,7 @@ def gene_figure(details: dict) -> Figure:
     right.legend(frameon=False, markerscale=2)
     return fig
 
-
+# %% ../nbs/12_report.ipynb #c013c
 def correlation_figure(details: dict) -> Figure:
     """Correlations of variable genes, real and synthetic side by side.
 
@@ -182,7 +190,7 @@ def correlation_figure(details: dict) -> Figure:
     fig.colorbar(shown, ax=panels, shrink=0.85, label="correlation", extend="both" if top < 1 else "neither")
     return fig
 
-
+# %% ../nbs/12_report.ipynb #c014c
 def distance_figure(details: dict) -> Figure:
     """Distances of synthetic cells to the nearest training cell and to the nearest held-out cell.
 
@@ -211,13 +219,6 @@ def distance_figure(details: dict) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return fig
-
-
-def _part(details: dict, name: str) -> dict:
-    "One part of the details."
-    if not details.get(name):
-        raise InputError(f"the report has no {name}: evaluate with suite=True" + (" and with train" if name == "distances" else ""))
-    return details[name]
 
 # %% ../nbs/12_report.ipynb #c017
 _STYLE = """
@@ -253,7 +254,7 @@ ul{padding-left:1.2em;margin:.4em 0}
 @media print{body{background:#fff}.card,.fact{break-inside:avoid}}
 """
 
-
+# %% ../nbs/12_report.ipynb #c017c
 def _number(value, metric: str = "") -> str:
     "A number for people: three decimals where it is small."
     if value is None:
@@ -267,7 +268,7 @@ def _badge(word: str) -> str:
     "A verdict as a coloured word."
     return f'<span class="v {word.split()[0]}">{word}</span>' if word else '<span class="v">–</span>'
 
-
+# %% ../nbs/12_report.ipynb #c017f
 def _table(head: list[str], rows: list[list[str]], extra: tuple[int, ...] = ()) -> str:
     "A table of cells that are HTML already; columns in `extra` vanish on a telephone."
     def line(cells, tag) -> str:
@@ -307,7 +308,7 @@ def _measures(report: Report, section: str) -> str:
     head = ["measure", "verdict", "synthetic", "real vs real", "shuffled genes", "space", "cells a side"]
     return f'<section class="card"><h2>{title}</h2><p class="soft">{text}</p>{_table(head, rows, (5, 6))}</section>'
 
-
+# %% ../nbs/12_report.ipynb #c019c
 FEWEST = 10    # real cells of a label, for a verdict on it
 
 
@@ -333,7 +334,7 @@ def _by_label(report: Report) -> str:
     text = f"The control is in brackets. Labels with few cells are judged by few cells: their numbers scatter. A dash means that there were too few, of real cells fewer than {FEWEST}."
     return f'<section class="card"><h2>Label by label</h2><p class="soft">{text}</p>{_table(["label", *(c[2] for c in used)], rows)}</section>'
 
-
+# %% ../nbs/12_report.ipynb #c019e
 def _pictures(report: Report) -> str:
     "All pictures for which there is something to draw."
     parts, coords, details = [], report.tsne(), report.details
@@ -348,6 +349,32 @@ def _pictures(report: Report) -> str:
     if details.get("distances"):
         parts.append(_image(distance_figure(details), "Are synthetic cells copies?", "Equally many training and held-out cells. Copies would be a red heap near zero; without copying both outlines agree."))
     return "".join(parts)
+
+# %% ../nbs/12_report.ipynb #c020c
+def _hardest_judge(pooled: list[dict]) -> str:
+    "A sentence on the judge with the highest AUC; empty if there was none."
+    judges = [r for r in pooled if r["metric"] in ("rf_auc", "strict_forest", "strict_boosting", "combined")]
+    if not judges:
+        return ""
+    hardest = max(judges, key=lambda r: r["value"])
+    name = _KNOWN[hardest["metric"]].title.lower()
+    against = f"; for real cells against real cells the same judge has {_number(hardest['control'])}" if hardest["control"] is not None else ""
+    return f"The judge that tells them apart best ({name}, {hardest['space']}) has an AUC of {_number(hardest['value'])}{against}."
+
+# %% ../nbs/12_report.ipynb #c020e
+def _privacy(pooled: list[dict]) -> str:
+    "What the measures of copying say, and what they cannot say."
+    copying = [r for r in pooled if r["metric"] in ("memorisation", "membership_auc", "copied", "nndr")]
+    if not copying:
+        found = "Copying was not tested, because no training cells were given. Synthetic cells are not private for being synthetic: "
+    elif all(verdict(r) == "like real" for r in copying):
+        found = "No sign of wholesale copying was found here, but that is no proof of privacy: "
+    else:
+        found = "Synthetic cells may lie close to training cells: see the measures above. They are no proof of privacy either way: "
+    return found + (
+        "the tests look at averages and at distances in gene expression, and a single rare cell, or a person's genotype, can show through in other ways. "
+        "Treat synthetic cells under the same rules as the cells that they were learned from, unless somebody who knows those rules says otherwise."
+    )
 
 # %% ../nbs/12_report.ipynb #c021
 def html_page(report: Report, *, title: str | None = None) -> str:
@@ -381,23 +408,7 @@ def html_page(report: Report, *, title: str | None = None) -> str:
         "cells a side": f"{report.settings.get('n') or max(r['n'] for r in pooled):,}",
     }
     boxes = "".join(f'<div class="fact"><b>{v}</b><span class="soft">{k}</span></div>' for k, v in facts.items())
-    judges = [r for r in pooled if r["metric"] in ("rf_auc", "strict_forest", "strict_boosting", "combined")]
-    hardest = max(judges, key=lambda r: r["value"], default=None)
-    sentence = ""
-    if hardest is not None:
-        name = _KNOWN[hardest["metric"]].title.lower()
-        against = f"; for real cells against real cells the same judge has {_number(hardest['control'])}" if hardest["control"] is not None else ""
-        sentence = f"The judge that tells them apart best ({name}, {hardest['space']}) has an AUC of {_number(hardest['value'])}{against}."
-    copying = [r for r in pooled if r["metric"] in ("memorisation", "membership_auc", "copied", "nndr")]
     heading = html.escape(title) if title else f"Synthetic cells against real ones: {method}, {dataset}"
-    privacy = (
-        "No sign of wholesale copying was found here, but that is no proof of privacy: " if copying and all(verdict(r) == "like real" for r in copying)
-        else "Synthetic cells may lie close to training cells: see the measures above. They are no proof of privacy either way: " if copying
-        else "Copying was not tested, because no training cells were given. Synthetic cells are not private for being synthetic: "
-    ) + (
-        "the tests look at averages and at distances in gene expression, and a single rare cell, or a person's genotype, can show through in other ways. "
-        "Treat synthetic cells under the same rules as the cells that they were learned from, unless somebody who knows those rules says otherwise."
-    )
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in report.notes)
     doubts = "".join(f"<li>{html.escape(n[0].upper() + n[1:])}.</li>" for n in report.settings.get("doubts", []))
     warned = f'<section class="card"><h2>Before you read on</h2><ul>{doubts}</ul></section>' if doubts else ""
@@ -406,7 +417,7 @@ def html_page(report: Report, *, title: str | None = None) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{heading}</title><style>{_STYLE}</style></head><body><main>
 <header><h1>{heading}</h1>
-<p>Synthetic cells ({method}) were compared with as many real cells of {dataset}, given as cells that training has never seen. {html.escape(sentence)}</p></header>
+<p>Synthetic cells ({method}) were compared with as many real cells of {dataset}, given as cells that training has never seen. {html.escape(_hardest_judge(pooled))}</p></header>
 {warned}
 <div class="facts">{boxes}</div>
 <section class="card"><h2>How to read this page</h2>
@@ -418,7 +429,7 @@ def html_page(report: Report, *, title: str | None = None) -> str:
 {"".join(_measures(report, s) for s in _SECTIONS)}{_measures(report, "other")}
 {_pictures(report)}
 {_by_label(report)}
-<section class="card"><h2>Privacy</h2><p>{privacy}</p></section>
+<section class="card"><h2>Privacy</h2><p>{_privacy(pooled)}</p></section>
 <section class="card"><h2>Small print</h2><ul>{notes}</ul><p class="soft">Spaces: counts20k is expression rescaled to 20,000 per cell, log1p its log(1 + x), counts the raw counts. scld_nb {__version__}.</p></section>
 </main></body></html>
 """
