@@ -10,7 +10,8 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,16 +41,12 @@ SPACES = ("counts20k", "log1p")
 def _linear(adata: ad.AnnData, layer: str | None, name: str):
     "Expression of `adata` on a linear scale, CSR or dense float32, before rescaling; always a copy."
     scale = adata.uns["scld"].get("scale") if "scld" in adata.uns else None
-    if scale is None:
-        try:
-            return counts_matrix(adata, layer=layer, allow_empty_cells=True).astype(np.float32)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-    if scale not in ("counts", "counts20k", "log1p20k"):
+    if scale not in (None, "counts", "counts20k", "log1p20k"):
         raise InputError(f"{name}.uns['scld']['scale'] is {scale!r}: it must be 'counts', 'counts20k' or 'log1p20k'")
-    if scale == "counts" and "counts" in adata.layers:          # drawn cells that went through scanpy's usual steps
+    stepped = scale == "counts" and "counts" in adata.layers    # drawn cells that went through scanpy's usual steps
+    if scale is None or stepped:
         try:
-            return counts_matrix(adata, layer="counts", allow_empty_cells=True).astype(np.float32)
+            return counts_matrix(adata, layer="counts" if stepped else layer, allow_empty_cells=True).astype(np.float32)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
     if scale != "counts" and "log1p" in adata.uns:
@@ -147,6 +144,23 @@ def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
+
+def _for_people(records: list[dict]) -> pd.DataFrame:
+    "The records of a report as text."
+    def number(x, digits=3):
+        return "" if x is None else f"{x:.{digits}f}"
+
+    rows = []
+    for r in records:
+        digits = 5 if r["metric"] == "mmd_unbiased_squared" else 3
+        spread = f" ± {r['sd']:.{digits}f}" if r["sd"] is not None else ""
+        rows.append({
+            "space": r["space"], "metric": r["metric"], "cluster": r["cluster"], "n": r["n"],
+            "value": number(r["value"], digits) + spread, "control": number(r["control"], digits),
+            "negative": number(r["negative"], digits), "null sd": number(r["null_sd"]), "flag": r["flag"] or "",
+        })
+    return pd.DataFrame(rows)
+
 # %% ../nbs/10_evaluation.ipynb #c015
 @dataclass
 class Report:
@@ -239,24 +253,8 @@ class Report:
             raise InputError(f"{path} is not a report of format 1: give a folder that Report.save wrote")
         return cls(content["records"], content["controls"], content["notes"], content["settings"], content["tsne"], content.get("details", {}))
 
-    def _table(self) -> pd.DataFrame:
-        "The records as text for people."
-        def number(x, digits=3):
-            return "" if x is None else f"{x:.{digits}f}"
-
-        rows = []
-        for r in self.records:
-            digits = 5 if r["metric"] == "mmd_unbiased_squared" else 3
-            spread = f" ± {r['sd']:.{digits}f}" if r["sd"] is not None else ""
-            rows.append({
-                "space": r["space"], "metric": r["metric"], "cluster": r["cluster"], "n": r["n"],
-                "value": number(r["value"], digits) + spread, "control": number(r["control"], digits),
-                "negative": number(r["negative"], digits), "null sd": number(r["null_sd"]), "flag": r["flag"] or "",
-            })
-        return pd.DataFrame(rows)
-
     def __str__(self) -> str:
-        table = self._table()
+        table = _for_people(self.records)
         table = table.to_string(index=False, justify="left") if len(table) else "(no result)"
         return "\n".join([*self.notes, table])
 
@@ -264,7 +262,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         notes = "<br>".join(html.escape(n) for n in self.notes)
-        return f"<p>{notes}</p>{self._table().to_html(index=False)}"
+        return f"<p>{notes}</p>{_for_people(self.records).to_html(index=False)}"
 
 # %% ../nbs/10_evaluation.ipynb #c018
 def _draw(n_all: int, n: int, seed: int, stream: int) -> np.ndarray:
@@ -293,7 +291,7 @@ def _in_space(matrix, space: str):
     "A matrix in counts20k brought to `space`."
     return matrix if space == "counts20k" else _logged(matrix)
 
-# %% ../nbs/10_evaluation.ipynb #c021c
+
 def _judged(n: int, n_judge: int | None, seed: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
     "Rows of both sides that go before judges whose time grows faster than the number of cells."
     m = n if n_judge is None else min(n, n_judge)
@@ -490,6 +488,15 @@ def _check_controls(controls: dict, made_from: dict, spaces: Sequence[str], nega
         what = f"the space {lacking[0]!r}" if lacking else "the negative control"
         raise InputError(f"controls lack {what}: leave controls=None")
 
+
+def _reused(controls: dict, groups: dict, numbers: dict, spaces: Sequence[str], negative: bool) -> dict:
+    "A copy of earlier controls, which must have been made from these cells with these numbers."
+    made_from = numbers | {"real": _fingerprint(groups["real"])}
+    if groups["train"] is not None:
+        made_from["train"] = _fingerprint(groups["train"])
+    _check_controls(controls, made_from, spaces, negative)
+    return json.loads(json.dumps(controls))
+
 # %% ../nbs/10_evaluation.ipynb #c035
 def _cluster_records(groups: dict, labels: dict, controls: dict, options: dict, step) -> tuple[list[dict], list[str]]:
     "RF AUC of each label on its own, beside training cells of that label (Table 5); and the labels left out."
@@ -657,6 +664,32 @@ def _null_sd(metric: str, n: int, n_reference: int | None) -> float | None:
     m = min(n, n_reference) if metric == "membership_auc" and n_reference is not None else n
     return _WIDER.get(metric, 1.0) * auc_null_sd(m)
 
+# %% ../nbs/10_evaluation.ipynb #c042g
+def _suite_record(key: tuple, found: dict, positive: dict, negative: dict, copies: Memorisation | None) -> dict:
+    "One measure of `found` beside its controls."
+    (space, metric, cluster), (value, sd, n) = key, found[key]
+    control, _, control_n = positive.get(key, (None, None, None))
+    if metric == "tstr":
+        control, _, control_n = found[space, "trtr", cluster]
+    elif metric == "distance_to_train" and copies is not None:
+        control, control_n = found[space, "distance_to_heldout", cluster][0], copies.n
+    is_auc = metric in _AUCS
+    return {
+        "space": space, "metric": metric, "cluster": cluster, "n": n, "value": value, "sd": sd, "control": control,
+        "negative": negative[key][0] if key in negative else None,
+        "null_sd": _null_sd(metric, n, copies.n_reference if copies is not None else None),
+        "flag": _flag(control, control_n) if is_auc and control is not None else None,
+        "control_n": control_n, "distance": abs(value - 0.5) if is_auc else None,
+    }
+
+
+def _suite_kind(labels: dict, options: dict) -> str:
+    "The name under which controls of the suite are kept."
+    kind = f"{'counts' if options['counts'] else 'counts20k'}, labels {options['labels_key']}" + ", twins" * options["paired"]
+    if labels:
+        kind += f" {_checksum(*(labels[k] for k in ('real', 'train') if k in labels))}"
+    return kind
+
 # %% ../nbs/10_evaluation.ipynb #c042d
 def _suite_records(
     groups: dict, rows: dict, labels: dict, sizes: dict, controls: dict, options: dict, notes: list, step
@@ -670,42 +703,23 @@ def _suite_records(
     options = options | {"counts": fake.library is not None}
     if train is None:
         notes.append("no training cells were given: genes are chosen on the real cells, and copying, markers and training on synthetic cells are left out")
-    kind = f"{'counts' if options['counts'] else 'counts20k'}, labels {options['labels_key']}" + ", twins" * options["paired"]
-    if labels:
-        kind += f" {_checksum(*(labels[k] for k in ('real', 'train') if k in labels))}"
     if options["paired"]:
         notes.append("precision, recall, density, coverage, transport, mixing and copying are left out: each cell has its own original among the real ones")
-    known = controls.setdefault("suite", {})
+    known, kind = controls.setdefault("suite", {}), _suite_kind(labels, options)
     if train is None and controls["train"] is not None:        # genes would be chosen on other cells than those of the controls
         raise InputError("controls were made with training cells: give train too, or leave controls=None")
     if kind not in known or (options["negative"] and not known[kind]["negative"]):
         others = full["real"].take(_left_over(len(full["real"]), rows["real"])) if train is None else train
         known[kind] = _suite_controls(real, others, train, chosen, options, step)
-    positive, negative = ({tuple(r[:3]): r[3:] for r in known[kind][side]} if known[kind][side] else {} for side in ("positive", "negative"))
+    positive = {tuple(r[:3]): r[3:] for r in known[kind]["positive"]}
+    negative = {tuple(r[:3]): r[3:] for r in known[kind]["negative"]} if options["negative"] else {}
     found = _measure(real, fake, train, chosen, options, step, "synthetic")
     copies: Memorisation | None = None
     if train is not None and not options["paired"]:
         step("suite: copying, synthetic")
         values, copies = _copying(fake, train, real, seed)
         found |= values
-    records = []
-    for (space, metric, cluster), (value, sd, n) in found.items():
-        if metric in ("trtr", "distance_to_heldout"):
-            continue
-        key = (space, metric, cluster)
-        control, _, control_n = positive.get(key, (None, None, None))
-        if metric == "tstr":
-            control, _, control_n = found[space, "trtr", cluster]
-        elif metric == "distance_to_train" and copies is not None:
-            control, control_n = found[space, "distance_to_heldout", cluster][0], copies.n
-        is_auc = metric in _AUCS
-        records.append({
-            "space": space, "metric": metric, "cluster": cluster, "n": n, "value": value, "sd": sd, "control": control,
-            "negative": negative[key][0] if key in negative and options["negative"] else None,
-            "null_sd": _null_sd(metric, n, copies.n_reference if copies is not None else None),
-            "flag": _flag(control, control_n) if is_auc and control is not None else None,
-            "control_n": control_n, "distance": abs(value - 0.5) if is_auc else None,
-        })
+    records = [_suite_record(key, found, positive, negative, copies) for key in found if key[1] not in ("trtr", "distance_to_heldout")]
     if train is not None and labels and (lacking := sorted(set(labels["real"]) & set(labels["train"]) - set(labels["synthetic"]), key=lambda t: (len(t), t))):
         notes.append(f"no synthetic cell is labelled {options['labels_key']} {', '.join(lacking)}: F1 0 there in tstr")
     return records, _details(real, fake, chosen, copies)
@@ -743,6 +757,14 @@ def _dense_columns(matrix, columns) -> np.ndarray:
     return np.asarray(part.toarray() if sp.issparse(part) else part, dtype=np.float64)
 
 # %% ../nbs/10_evaluation.ipynb #c045
+def _whole_numbers(**given) -> list:
+    "The numbers as Python's own integers, None where None is allowed."
+    for name, value in given.items():
+        if not isinstance(value, int | np.integer) and (value is not None or name == "seed"):
+            raise InputError(f"{name} must be a whole number, got {value!r}")
+    return [None if value is None else int(value) for value in given.values()]
+
+
 def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, alone: bool) -> None:
     "Refuse what could only fail later."
     for name, cells in (("real", real), ("train", train)):
@@ -788,6 +810,14 @@ def _origins(real, groups: dict, rows: dict) -> list[str]:
         if (shared := sum(key in same for key in keys["synthetic"])) > 0.01 * n:
             found.append(f"{shared} of {n} synthetic cells equal one of the {'real' if name == 'real' else 'training'} cells in every gene: were files mixed up?")
     return found
+
+# %% ../nbs/10_evaluation.ipynb #c045d3
+def _repeats(groups: dict, rows: dict) -> list[str]:
+    "A sentence if synthetic cells repeat one another more often than real ones do."
+    n, twice = len(rows["real"]), {k: _repeated(groups[k][r]) for k, r in rows.items()}
+    if twice["synthetic"] <= twice["real"] + 0.01 * n:
+        return []
+    return [f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells"]
 
 # %% ../nbs/10_evaluation.ipynb #c046
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
@@ -876,6 +906,25 @@ def _in_memory(
                 cells.layers[layer] = cells.X
         out[name] = cells
     return out["real"], out["synth"], out.get("train"), f"of {opened['real'].n_obs} real and {opened['synth'].n_obs} synthetic cells", notes
+
+# %% ../nbs/10_evaluation.ipynb #c047c
+@contextmanager
+def _steps(progress: bool | None) -> Iterator[Callable[[str], None]]:
+    "A function to call with a word before each comparison."
+    quiet = progress is False or (progress is None and bool(os.environ.get("IN_TEST") or os.environ.get("TQDM_DISABLE")))
+    with tqdm(desc="evaluate", unit=" comparisons", leave=False, disable=quiet) as bar:
+        def step(text: str) -> None:
+            bar.set_postfix_str(text)
+            bar.update()
+
+        yield step
+
+
+def _for_a_map(groups: dict, rows: dict, labels: dict, seed: int) -> dict:
+    "Some of the cells that were compared, in log1p, and their labels."
+    shown = {k: r[_draw(len(r), 1000, seed, 6)] for k, r in rows.items()}
+    sample: dict = {k: _logged(groups[k][r]) for k, r in shown.items()}
+    return sample | {f"{k}_labels": labels[k][r].tolist() if labels else None for k, r in shown.items()}
 
 # %% ../nbs/10_evaluation.ipynb #c048
 def evaluate(
@@ -968,10 +1017,7 @@ def evaluate(
     SCLD, Tables 3 and 5.
     """
     spaces = [spaces] if isinstance(spaces, str) else list(dict.fromkeys(spaces))
-    for name, value in (("seed", seed), ("n_max", n_max), ("n_judge", n_judge), ("n_trees", n_trees)):
-        if not isinstance(value, int | np.integer) and (value is not None or name == "seed"):
-            raise InputError(f"{name} must be a whole number, got {value!r}")
-    seed, n_max, n_judge, n_trees = int(seed), *(None if k is None else int(k) for k in (n_max, n_judge, n_trees))     # numpy's do not go into JSON
+    seed, n_max, n_judge, n_trees = _whole_numbers(seed=seed, n_max=n_max, n_judge=n_judge, n_trees=n_trees)
     alone = train is None and not (isinstance(controls, dict) and controls.get("train") is not None)
     real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, alone=alone, key=labels_key, layer=layer)
     n = min(real.n_obs // 2 if alone else real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
@@ -986,27 +1032,16 @@ def evaluate(
     genes = list(map(str, real.var_names))
     rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}
     forest: dict[str, Any] = {"seed": seed, "n_trees": n_trees, "n_jobs": n_jobs}
-    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired, "n_judge": n_judge}
+    options = {"spaces": spaces, "min_cluster": min_cluster, "negative": negative, "forest": forest, "paired": paired, "n_judge": n_judge, "labels_key": labels_key}
     notes = [f"n_real = n_fake = {n} ({sizes}), {real.n_vars} genes, seed {seed}, {n_trees} trees", *on_files]
     if n_judge is not None and n_judge < n:
         notes.append(f"classifiers, MMD and exact transport see {n_judge} cells a side, drawn at random" + f", the rest of the suite {n}" * suite)
-    twice = {k: _repeated(groups[k][r]) for k, r in rows.items()}
-    if twice["synthetic"] > twice["real"] + 0.01 * n:
-        notes.append(f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells")
+    notes += _repeats(groups, rows)
     doubts = _origins(real, groups, rows) + (_proportions(labels, labels_key) if labels_key is not None else [])
     notes += doubts
     if controls is not None:
-        made_from = {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees, "real": _fingerprint(groups["real"])}
-        if train is not None:
-            made_from["train"] = _fingerprint(groups["train"])
-        _check_controls(controls, made_from, spaces, negative)
-        controls = json.loads(json.dumps(controls))
-    quiet = progress is False or (progress is None and bool(os.environ.get("IN_TEST") or os.environ.get("TQDM_DISABLE")))
-    with tqdm(desc="evaluate", unit=" comparisons", leave=False, disable=quiet) as bar:
-        def step(text: str) -> None:
-            bar.set_postfix_str(text)
-            bar.update()
-
+        controls = _reused(controls, groups, {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees}, spaces, negative)
+    with _steps(progress) as step:
         if controls is None:
             controls = make_controls(groups["real"], groups["train"], n=n, spaces=spaces, negative=negative, step=step, n_judge=n_judge, **forest)
         notes.append(controls["how"])
@@ -1024,7 +1059,7 @@ def evaluate(
             libraries = {"real": _library(real, genes, layer), "synthetic": _library(synth, genes, None)}
             if train is not None:
                 libraries["train"] = _library(train, genes, layer)
-            found, details = _suite_records(groups, rows, labels, libraries, controls, options | {"labels_key": labels_key}, notes, step)
+            found, details = _suite_records(groups, rows, labels, libraries, controls, options, notes, step)
             records += found
     names = {
         "dataset": dataset or real.uns.get("scld_data", {}).get("name", "data"),
@@ -1038,9 +1073,6 @@ def evaluate(
         notes.append(
             f"{flagged} results are flagged: real against real is not 0.50 ± {_FLAG_WIDTH}; the null sd says if chance explains it"
         )
-    shown = {k: r[_draw(n, 1000, seed, 6)] for k, r in rows.items()}
-    sample = {k: _logged(groups[k][r]) for k, r in shown.items()}
-    sample |= {f"{k}_labels": labels[k][r].tolist() if labels else None for k, r in shown.items()}
     if details:
         details["correlation"]["genes"] = [genes[g] for g in details["correlation"]["genes"]]
     settings = {
@@ -1048,4 +1080,4 @@ def evaluate(
         "min_cluster": min_cluster, "doubts": doubts, "cells": {k: int((labels["real"] == k).sum()) for k in sorted(set(labels["real"]))} if labels else {}, "n_pcs": 50, "folds": 5, "mmd_weight": 1.0,
         "bandwidth": {s: controls["spaces"][s]["bandwidth"] for s in spaces},
     }
-    return Report(records, controls, notes, settings, details=details, _groups=sample)
+    return Report(records, controls, notes, settings, details=details, _groups=_for_a_map(groups, rows, labels, seed))
