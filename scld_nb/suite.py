@@ -441,7 +441,6 @@ def gene_statistics(cells) -> pd.DataFrame:
     n = cells.shape[0]
     if n < 2:
         raise InputError(f"cells has {n} rows: a variance needs at least 2")
-    mean = np.asarray(cells.mean(axis=0), dtype=np.float64).ravel()
     if sp.issparse(cells):
         wide = cells.astype(np.float64)
         square = np.asarray(wide.multiply(wide).mean(axis=0)).ravel()
@@ -449,6 +448,7 @@ def gene_statistics(cells) -> pd.DataFrame:
         mean = np.asarray(wide.mean(axis=0)).ravel()
         variance = np.maximum(square - mean**2, 0) * n / (n - 1)
     else:
+        mean = np.asarray(cells.mean(axis=0), dtype=np.float64).ravel()
         variance, filled = cells.var(axis=0, ddof=1, dtype=np.float64), np.count_nonzero(cells, axis=0)
     cv = np.divide(np.sqrt(variance), mean, out=np.zeros_like(mean), where=mean > 0)
     return pd.DataFrame({"mean": mean, "variance": variance, "cv": cv, "zeros": 1 - filled / n})
