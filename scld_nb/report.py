@@ -94,8 +94,8 @@ def verdict(record: dict) -> str:
     -------
     str
         By how much the value is worse than its control: up to 0.03 (between 0 and 1) or a tenth (distances) is
-        "like real", up to 0.10 or a half "close", more is "off". An AUC gets two null standard deviations on top; where its
-        control lies below 0.5, what counts is how far the two are apart.
+        "like real", up to 0.10 or a half "close", more is "off". What has a null standard deviation, an AUC or the share of cells that
+        sit on a training cell, gets two of them on top. Where the control of an AUC lies below 0.5, what counts is how far the two are apart.
     """
     known, value, control = _KNOWN.get(record["metric"]), record["value"], record["control"]
     if known is None or known.kind == "none" or value is None or control is None:
@@ -366,7 +366,7 @@ def _privacy(pooled: list[dict]) -> str:
     "What the measures of copying say, and what they cannot say."
     copying = [r for r in pooled if r["metric"] in ("memorisation", "membership_auc", "copied", "nndr")]
     if not copying:
-        found = "Copying was not tested, because no training cells were given. Synthetic cells are not private for being synthetic: "
+        found = "Copying was not tested: that takes the suite, training cells, and synthetic cells that were not each made from a real one. Synthetic cells are not private for being synthetic: "
     elif all(verdict(r) == "like real" for r in copying):
         found = "No sign of wholesale copying was found here, but that is no proof of privacy: "
     else:
@@ -424,7 +424,7 @@ def html_page(report: Report, *, title: str | None = None) -> str:
 <p>Each measure stands beside two controls that went through the same code. <b>Real vs real</b> compares held-out with training cells: a perfect generator would reach this, no better is needed.
 <b>Shuffled genes</b> compares with cells whose genes were shuffled one by one, which have no biology left: a measure that does not tell these apart says little.</p>
 <p>The verdict is made by a fixed rule, from the distance to <i>real vs real</i>. For measures between 0 and 1, {_badge("like real")} is worse by at most 0.03, {_badge("close")} by at most 0.10,
-{_badge("off")} by more; an AUC gets two standard deviations of pure chance on top. For distances and density the limits are a tenth and a half of the control. A † marks a control that is not
+{_badge("off")} by more; an AUC, and the share of cells that sit on a training cell, get two standard deviations of pure chance on top. For distances and density the limits are a tenth and a half of the control. A † marks a control that is not
 0.50 ± 0.03, as happens with few cells.</p></section>
 {"".join(_measures(report, s) for s in _SECTIONS)}{_measures(report, "other")}
 {_pictures(report)}

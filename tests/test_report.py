@@ -119,7 +119,7 @@ def test_tally_counts_the_verdicts(found, page):
 def test_page_of_a_report_without_suite_or_controls():
     page = html_page(Report([record("rf_auc", 0.9, None), record("unheard_of", 1.0, 2.0)], {}, ["a <note>"], {}))
     assert "<img" not in page and "Other measures" in page and "unheard_of" in page and "a &lt;note&gt;" in page
-    assert "Copying was not tested" in page and "Label by label" not in page and "real cells the same judge" not in page
+    assert "Copying was not tested: that takes the suite, training cells, and" in page and "Label by label" not in page and "real cells the same judge" not in page
 
 
 def test_copying_is_not_called_harmless():
