@@ -376,7 +376,7 @@ _FLAG_WIDTH = 0.03
 
 def _flag(control: float | None, n: int) -> str | None:
     "A sentence if a real-against-real AUC is not 0.50 ± 0.03."
-    if control is None or abs(control - 0.5) <= _FLAG_WIDTH:
+    if control is None or abs(control - 0.5) <= _FLAG_WIDTH + 1e-9:      # room for rounding, as 0.53 - 0.5 > 0.03
         return None
     return f"control {control:.3f} outside 0.50 ± {_FLAG_WIDTH} (null sd {auc_null_sd(n):.3f})"
 
@@ -489,12 +489,14 @@ def _check_controls(controls: dict, made_from: dict, spaces: Sequence[str], nega
         raise InputError(f"controls lack {what}: leave controls=None")
 
 
-def _reused(controls: dict, groups: dict, numbers: dict, spaces: Sequence[str], negative: bool) -> dict:
+def _reused(controls: dict, groups: dict, numbers: dict, spaces: Sequence[str], negative: bool, suite: bool) -> dict:
     "A copy of earlier controls, which must have been made from these cells with these numbers."
     made_from = numbers | {"real": _fingerprint(groups["real"])}
     if groups["train"] is not None:
         made_from["train"] = _fingerprint(groups["train"])
     _check_controls(controls, made_from, spaces, negative)
+    if suite and groups["train"] is None and controls.get("train") is not None:     # the suite would choose its genes on other cells
+        raise InputError("controls were made with training cells: give train too, or leave controls=None")
     return json.loads(json.dumps(controls))
 
 # %% ../nbs/10_evaluation.ipynb #c035
@@ -706,8 +708,6 @@ def _suite_records(
     if options["paired"]:
         notes.append("precision, recall, density, coverage, transport, mixing and copying are left out: each cell has its own original among the real ones")
     known, kind = controls.setdefault("suite", {}), _suite_kind(labels, options)
-    if train is None and controls["train"] is not None:        # genes would be chosen on other cells than those of the controls
-        raise InputError("controls were made with training cells: give train too, or leave controls=None")
     if kind not in known or (options["negative"] and not known[kind]["negative"]):
         others = full["real"].take(_left_over(len(full["real"]), rows["real"])) if train is None else train
         known[kind] = _suite_controls(real, others, train, chosen, options, step)
@@ -760,12 +760,18 @@ def _dense_columns(matrix, columns) -> np.ndarray:
 def _whole_numbers(**given) -> list:
     "The numbers as Python's own integers, None where None is allowed."
     for name, value in given.items():
-        if not isinstance(value, int | np.integer) and (value is not None or name == "seed"):
+        if value is None and name not in ("seed", "min_cluster"):
+            continue
+        if not isinstance(value, int | np.integer):
             raise InputError(f"{name} must be a whole number, got {value!r}")
+        if name == "seed" and not 0 <= value < 2**32:
+            raise InputError(f"seed is {value}: choose one from 0 to 2**32 - 1")
+        if name == "n_jobs" and value == 0:
+            raise InputError("n_jobs is 0: give the number of processor cores, -1 for all or None for one")
     return [None if value is None else int(value) for value in given.values()]
 
 
-def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, seed: int, alone: bool) -> None:
+def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, alone: bool) -> None:
     "Refuse what could only fail later."
     for name, cells in (("real", real), ("train", train)):
         if cells is not None and "model" in cells.uns.get("scld", {}):
@@ -774,8 +780,6 @@ def _check_options(real, synth, train, n: int, *, spaces: list, n_trees: int, se
         raise InputError(f"spaces is {spaces}: choose from {', '.join(SPACES)}")
     if n_trees < 1:
         raise InputError(f"n_trees is {n_trees}: a forest needs at least 1 tree")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}: choose one from 0 to 2**32 - 1")
     if n < 5:
         kept = ", half of them for the control as no training cells were given" if alone else ""
         raise InputError(f"only {n} cells a side can be compared ({real.n_obs} real{kept}, {synth.n_obs} synthetic, and n_max): at least 5 are needed")
@@ -1017,7 +1021,9 @@ def evaluate(
     SCLD, Tables 3 and 5.
     """
     spaces = [spaces] if isinstance(spaces, str) else list(dict.fromkeys(spaces))
-    seed, n_max, n_judge, n_trees = _whole_numbers(seed=seed, n_max=n_max, n_judge=n_judge, n_trees=n_trees)
+    seed, n_max, n_judge, n_trees, min_cluster, n_jobs = _whole_numbers(
+        seed=seed, n_max=n_max, n_judge=n_judge, n_trees=n_trees, min_cluster=min_cluster, n_jobs=n_jobs
+    )
     alone = train is None and not (isinstance(controls, dict) and controls.get("train") is not None)
     real, synth, train, sizes, on_files = _in_memory(real, synth, train, n_max=n_max, seed=seed, paired=paired, alone=alone, key=labels_key, layer=layer)
     n = min(real.n_obs // 2 if alone else real.n_obs, synth.n_obs, n_max if n_max is not None else real.n_obs)
@@ -1027,7 +1033,7 @@ def evaluate(
         raise InputError(f"n_judge is {n_judge}: classifiers need at least 5 cells a side")
     if n_trees is None:
         n_trees = int(np.clip(200_000 // max(n, 1), 100, 1000)) if suite else 1000
-    _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, seed=seed, alone=alone)
+    _check_options(real, synth, train, n, spaces=spaces, n_trees=n_trees, alone=alone)
     groups, labels = _prepare(real, synth, train, labels_key=labels_key, layer=layer)
     genes = list(map(str, real.var_names))
     rows = {"real": _draw(real.n_obs, n, seed, 1), "synthetic": _draw(synth.n_obs, n, seed, 1 if paired else 2)}
@@ -1040,7 +1046,7 @@ def evaluate(
     doubts = _origins(real, groups, rows) + (_proportions(labels, labels_key) if labels_key is not None else [])
     notes += doubts
     if controls is not None:
-        controls = _reused(controls, groups, {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees}, spaces, negative)
+        controls = _reused(controls, groups, {"n": n, "n_judge": min(n, n_judge or n), "seed": seed, "n_trees": n_trees}, spaces, negative, suite)
     with _steps(progress) as step:
         if controls is None:
             controls = make_controls(groups["real"], groups["train"], n=n, spaces=spaces, negative=negative, step=step, n_judge=n_judge, **forest)

@@ -11,7 +11,7 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from scld_nb.data import InputError, library_normalize, split
-from scld_nb.evaluation import COLUMNS, SPACES, Report, compare, evaluate, expression, make_controls
+from scld_nb.evaluation import COLUMNS, SPACES, Report, _flag, compare, evaluate, expression, make_controls
 from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc, rf_aucs
 
 TYPES = np.array(["a", "b", "c"])
@@ -465,6 +465,11 @@ def test_of_a_file_no_more_is_read_than_is_compared(files, groups, monkeypatch):
     assert other != drawn.settings["bandwidth"]                # which are all that the file's bandwidth is made from
 
 
+def test_a_wrong_seed_is_named_before_files_are_read(files):
+    with pytest.raises(InputError, match="seed is -1: choose one from 0"):
+        evaluate(files["real"], files["synth"], train=files["train"], **(QUICK | {"n_max": 20, "seed": -1}))
+
+
 def test_without_n_max_a_file_gives_ten_thousand_cells(files, monkeypatch):
     monkeypatch.setattr("scld_nb.evaluation.FROM_DISK", 30)
     report = evaluate(files["real"], files["synth"], train=files["train"], **QUICK)
@@ -720,7 +725,7 @@ def test_genes_without_a_name_in_common_are_another_matter(groups):
         evaluate(real, synthetic(fake[:, :30].copy()), **LITTLE)
 
 
-@pytest.mark.parametrize("wrong", [{"seed": None}, {"seed": 0.5}, {"n_max": "10"}, {"n_judge": 20.0}, {"n_trees": "5"}, {"labels_key": ["type"]}])
+@pytest.mark.parametrize("wrong", [{"seed": None}, {"seed": 0.5}, {"n_max": "10"}, {"n_judge": 20.0}, {"n_trees": "5"}, {"labels_key": ["type"]}, {"min_cluster": None}, {"n_jobs": 0}, {"n_jobs": 1.5}])
 def test_options_of_another_kind_are_named(groups, wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         evaluate(groups[0], synthetic(groups[1]), train=groups[2], **(LITTLE | wrong))
@@ -732,9 +737,10 @@ def test_numbers_of_numpy_are_numbers(groups, tmp_path):
     assert Report.load(found.save(tmp_path)) == found and "the rest of the suite" not in str(found)
 
 
-def test_controls_of_other_genes_are_not_reused_by_the_suite(groups):
+def test_controls_of_other_genes_are_not_reused_by_the_suite(groups, monkeypatch):
     real, fake, train = groups
     first = evaluate(real, synthetic(fake), train=train, suite=True, **LITTLE)
+    monkeypatch.setattr("scld_nb.evaluation.compare", lambda *a, **k: pytest.fail("refused too late"))
     with pytest.raises(InputError, match="controls were made with training cells: give train too"):
         evaluate(real, synthetic(fake), controls=first.controls, suite=True, **LITTLE)
 
@@ -750,3 +756,8 @@ def test_no_label_is_called_all(groups):
 def test_controls_of_more_cells_than_there_are(groups):
     with pytest.raises(InputError, match="n is 100, but there are 60"):
         make_controls(*(expression(part, "counts20k") for part in (groups[0], groups[2])), n=100, n_trees=5)
+
+
+def test_a_control_at_the_edge_of_the_window_is_not_flagged():
+    assert 0.53 - 0.5 > 0.03 and _flag(0.53, 136) is None and _flag(0.47, 136) is None
+    assert _flag(0.531, 136).startswith("control 0.531 outside 0.50 ± 0.03 (null sd 0.035")
