@@ -549,6 +549,15 @@ def _purity_record(groups: dict, labels: dict, seed: int) -> dict:
         "control_n": int(known.sum()),
     }
 
+
+def _label_records(groups: dict, labels: dict, controls: dict, options: dict, step) -> tuple[list[dict], list[str]]:
+    "All that is judged by label in the two spaces, and a sentence on the labels left out."
+    records, small = _cluster_records(groups, labels, controls, options, step)
+    if len(set(labels.get("train", ()))) > 1:
+        step("purity")
+        records.append(_purity_record(groups, labels, options["forest"]["seed"]))
+    return records, [f"left out, fewer than {max(5, options['min_cluster'])} cells: {options['labels_key']} {', '.join(small)}"] if small else []
+
 # %% ../nbs/10_evaluation.ipynb #c040
 @dataclass(frozen=True)
 class _Group:
@@ -823,6 +832,16 @@ def _repeats(groups: dict, rows: dict) -> list[str]:
         return []
     return [f"{twice['synthetic']} of {n} synthetic cells repeat another one exactly (real cells: {twice['real']}): the same seed draws the same cells"]
 
+
+def _doubts_of_controls(records: list[dict], real, train) -> list[str]:
+    "Sentences on controls that may mean nothing: cells on both sides, or areas that are not 0.5."
+    found = []
+    if train is not None and (shared := int(real.obs_names.isin(train.obs_names).sum())):
+        found.append(f"{shared} cell names are in both real and train: if these are the same cells, the control means nothing")
+    if flagged := sum(r["flag"] is not None for r in records):
+        found.append(f"{flagged} results are flagged: real against real is not 0.50 ± {_FLAG_WIDTH}; the null sd says if chance explains it")
+    return found
+
 # %% ../nbs/10_evaluation.ipynb #c046
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
     "All groups in counts20k over the genes of `real`, and their labels."
@@ -1053,18 +1072,12 @@ def evaluate(
         notes.append(controls["how"])
         records = _pooled_records(groups, rows, controls, options, step)
         if labels:
-            found, small = _cluster_records(groups, labels, controls, options, step)
-            records += found
-            if small:
-                notes.append(f"left out, fewer than {max(5, min_cluster)} cells: {labels_key} {', '.join(small)}")
-            if len(set(labels.get("train", ()))) > 1:
-                step("purity")
-                records.append(_purity_record(groups, labels, seed))
+            found, left_out = _label_records(groups, labels, controls, options, step)
+            records, notes = records + found, notes + left_out
         details: dict = {}
         if suite:
-            libraries = {"real": _library(real, genes, layer), "synthetic": _library(synth, genes, None)}
-            if train is not None:
-                libraries["train"] = _library(train, genes, layer)
+            given = {"real": (real, layer), "synthetic": (synth, None), "train": (train, layer)}
+            libraries = {k: _library(cells, genes, where) for k, (cells, where) in given.items() if cells is not None}
             found, details = _suite_records(groups, rows, labels, libraries, controls, options, notes, step)
             records += found
     names = {
@@ -1073,12 +1086,7 @@ def evaluate(
         "seed": seed,
     }
     records = [{c: (names | r).get(c) for c in COLUMNS} for r in records]
-    if train is not None and (shared := int(real.obs_names.isin(train.obs_names).sum())):
-        notes.append(f"{shared} cell names are in both real and train: if these are the same cells, the control means nothing")
-    if flagged := sum(r["flag"] is not None for r in records):
-        notes.append(
-            f"{flagged} results are flagged: real against real is not 0.50 ± {_FLAG_WIDTH}; the null sd says if chance explains it"
-        )
+    notes += _doubts_of_controls(records, real, train)
     if details:
         details["correlation"]["genes"] = [genes[g] for g in details["correlation"]["genes"]]
     settings = {
