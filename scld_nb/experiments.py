@@ -60,7 +60,7 @@ def project_root(start: str | Path | None = None) -> Path:
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p / "settings.ini").exists()), start)
 
-
+# %% ../nbs/30_experiments.ipynb #c006c
 def write_json(path: str | Path, record: dict) -> Path:
     """Write a result file; numpy values become plain numbers and lists."""
     return write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n")
@@ -73,7 +73,7 @@ def write_text(path: str | Path, text: str) -> Path:
         temporary.write_text(text, "utf-8")
     return path
 
-
+# %% ../nbs/30_experiments.ipynb #c006e
 def reuse_json(path: str | Path, asked: dict, make: Callable[[], dict]) -> dict:
     """The record in a result file if it was asked for in the same words, else a new one, written there with its ``asked``."""
     path, asked = Path(path), json.loads(json.dumps(asked, default=_plain))
@@ -154,7 +154,7 @@ def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, ste
         shutil.rmtree(checkpoints, ignore_errors=True)
         return (SCLD.load(folder, device=device) if found else model), found
 
-
+# %% ../nbs/30_experiments.ipynb #c015c
 def _is_trained(folder: Path, model: SCLD, steps: tuple[int, int], scorer: bool, budget_s: float | None) -> bool:
     """Whether a folder holds the finished result of just this training."""
     if not (folder / "config.json").exists():
@@ -198,7 +198,7 @@ class Budget:
 
 BUDGETS = {"pbmc68k_reduced": Budget(steps=400, ae_steps=1500, sampling_steps=100, n_trees=100, baselines=60, count_steps=1500)}
 
-
+# %% ../nbs/30_experiments.ipynb #c018c
 def read_budget(budget: int | str | None) -> int | str | None:
     """``"equal"``, ``"paper"`` or a number of steps, as given in a notebook; nothing for what suits the data set.
 
@@ -224,6 +224,7 @@ HEAD = {"rf_auc": "AUC", "mmd_biased": "MMD"}
 GENES = "genes"                             # the forest sees genes, not components: where the paper is silent
 LARGEST_MMD = 6**0.5                        # three kernels of at most 1 each: k(R, R) + k(F, F) <= 6
 
+# %% ../nbs/30_experiments.ipynb #c021c
 SCORED = "+scorer"
 METHODS = {"positive": "Positive (real against real)"}
 METHODS |= {name + end: title + sign for name, title in TITLES.items() for end, sign in (("", ""), (SCORED, " + Scorer"))}
@@ -234,13 +235,13 @@ METHODS |= COUNTED
 TABLE5_METHODS = {m: METHODS[m] for m in ("cscgan", f"cscgan{SCORED}", "activa", f"activa{SCORED}", "scld_pre", "scld_both")}
 FIGURE4_METHODS = {"scld": "SCLD", "activa": "ACTIVA", "scgan": "SC-GAN", "cscgan": "cscGAN"}
 
-
+# %% ../nbs/30_experiments.ipynb #c021e
 def default_methods() -> list[str]:
     """Rows of Table 3 that can run here: all, but those of an extra that is not installed."""
     missing = set(BASELINES) - set(installed_baselines())
     return [m for m in METHODS if m.removesuffix(SCORED) not in missing]
 
-
+# %% ../nbs/30_experiments.ipynb #c021g
 FUSION_NAMES = {"add": "Add", "cat": "Cat", "attn": "Atten"}
 PAPER_TABLE3 = pd.DataFrame(
     [("positive", 0.51, 0.05, 0.50, 0.02), ("random", 1.00, None, 1.00, None), ("splatter", 1.00, 129.52, None, None),
@@ -677,7 +678,7 @@ def summarise(lines: pd.DataFrame, names: dict[str, str], metrics: Iterable[str]
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.drop(columns="note") if rows and (table["note"] == "").all() else table
 
-
+# %% ../nbs/30_experiments.ipynb #c040c
 def _cut_range(texts: list[str]) -> str:
     """"148 to 165 of 1,000,000 steps" from what `_cut` said of each seed."""
     if not texts:
@@ -693,7 +694,7 @@ def mean_sd(values: pd.Series, digits: int = 3) -> str:
     spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{spread}" if len(values) else "–"
 
-
+# %% ../nbs/30_experiments.ipynb #c040e
 def verdict(ours: float, sd: float, paper: float | None, *, failed: str = "", cut: str = "", metric: str = "AUC") -> str:
     """Reproduced within 2 sd + 0.01, better (an AUC nearer to 0.5, a lower MMD) or worse; or why there is nothing to compare.
 
@@ -722,7 +723,7 @@ def verdict(ours: float, sd: float, paper: float | None, *, failed: str = "", cu
         return "as far from 0.5"
     return "better" if ours < paper else "worse"
 
-
+# %% ../nbs/30_experiments.ipynb #c040g
 def paper_beside(lines: pd.DataFrame, names: dict[str, str], paper: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """`summarise` with the paper's numbers beside ours; a verdict only where the data set is the paper's.
 
@@ -777,7 +778,7 @@ def table4(study: Study, *, fusions: Iterable[str] = tuple(FUSION_NAMES)) -> pd.
     parts.append(_lines([study.run("table4", fusion, seed, lambda: make(fusion, seed)) for seed in study.seeds for fusion in fusions if fusion != "add"]))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/30_experiments.ipynb #c048c
 def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float] = OMEGAS) -> tuple[pd.DataFrame, dict]:
     r"""Figure 5: cells asked for one cluster at rising omega, counted by a judge and placed in one t-SNE.
 
@@ -867,7 +868,7 @@ def table5(study: Study, *, methods: Iterable[str] = tuple(TABLE5_METHODS)) -> p
     return _lines([study.run("table5", m, seed, lambda: make(m, seed), may_fail=m.removesuffix(SCORED) in BASELINES)
                    for seed in study.seeds for m in methods])
 
-
+# %% ../nbs/30_experiments.ipynb #c053c
 def table5_beside(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """Table 5 with the control in the first line, the paper's figures, and a verdict where the set is the paper's (68k PBMC)."""
     clusters = sorted(set(lines["cluster"]) - {"all"}, key=int)
@@ -917,7 +918,7 @@ def figure4(study: Study, *, methods: Iterable[str] = tuple(FIGURE4_METHODS)) ->
 
     return _lines([study.run("figure4", m, seed, lambda: make(m, seed), may_fail=m in BASELINES) for seed in study.seeds for m in methods])
 
-
+# %% ../nbs/30_experiments.ipynb #c057c
 def figure4_table(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """Figure 4 as numbers: mean ± sd over seeds, and on the paper's sets whether SCLD trains fastest, as it does there.
 
@@ -938,7 +939,7 @@ def figure4_table(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
         table["verdict"] = [said if k == "SCLD" else "" for k in table.index]
     return table
 
-
+# %% ../nbs/30_experiments.ipynb #c057e
 def draw_figure4(lines: pd.DataFrame):
     """Bars of hours for the published steps, mean and sd over seeds, one per method."""
     found = lines[lines["value"].notna()].groupby("method")["hours_published"].agg(["mean", "std"])
@@ -993,7 +994,7 @@ def check_parameters(names: dict, known: Iterable[str]) -> None:
 
 _NOTEBOOK_NAMES = {"In", "Out", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "FUSION_NAMES", "METHODS", "SCORED", "BASELINES"}
 
-
+# %% ../nbs/30_experiments.ipynb #c063c
 def choose(name: str, given: str | int, known: list[str], *, none: bool = False) -> list[str]:
     """Split "2,3" into its parts, all of which must be known; empty means all, and "none" none where that is allowed."""
     parts = list(dict.fromkeys(p.strip() for p in str(given).split(",") if p.strip())) or known
@@ -1004,7 +1005,7 @@ def choose(name: str, given: str | int, known: list[str], *, none: bool = False)
             raise InputError(f"unknown value {part!r} in {name}; known: {', '.join(known)}{', or none' if none else ''}")
     return parts
 
-
+# %% ../nbs/30_experiments.ipynb #c063e
 def scratch_root() -> Path:
     """A fresh folder for a trial run, so that no real result is touched."""
     return Path(tempfile.mkdtemp(prefix="scld-"))
