@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', 'HEAD', 'GENES', 'LARGEST_MMD', 'SCORED',
            'METHODS', 'COUNTED', 'TABLE5_METHODS', 'FIGURE4_METHODS', 'FUSION_NAMES', 'PAPER_TABLE3', 'PAPER_TABLE4',
            'PAPER_TABLE5', 'project_root', 'write_json', 'write_text', 'reuse_json', 'provenance', 'trained_model',
-           'Budget', 'read_budget', 'default_methods', 'variable_genes', 'Study', 'table3', 'competitor_cost',
-           'read_results', 'summarise', 'mean_sd', 'verdict', 'paper_beside', 'ablation', 'table4', 'figure5', 'table5',
+           'Budget', 'read_budget', 'default_methods', 'variable_genes', 'Study', 'competitor_cost', 'read_results',
+           'table3', 'summarise', 'mean_sd', 'verdict', 'paper_beside', 'ablation', 'table4', 'figure5', 'table5',
            'table5_beside', 'figure4', 'figure4_table', 'draw_figure4', 'draw_table3', 'check_parameters', 'choose',
            'scratch_root']
 
@@ -21,7 +21,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def write_text(path: str | Path, text: str) -> Path:
         temporary.write_text(text, "utf-8")
     return path
 
-# %% ../nbs/30_experiments.ipynb #c006e
+
 def reuse_json(path: str | Path, asked: dict, make: Callable[[], dict]) -> dict:
     """The record in a result file if it was asked for in the same words, else a new one, written there with its ``asked``."""
     path, asked = Path(path), json.loads(json.dumps(asked, default=_plain))
@@ -176,7 +177,9 @@ class Budget:
     steps, ae_steps
         Denoiser and autoencoder steps of SCLD.
     count_steps
-        Denoiser steps of SCLD with a count head, more for many cells; its autoencoder takes the model's own number.
+        Denoiser steps of SCLD with a count head, more for many cells.
+    count_ae_steps
+        Its autoencoder steps; ``None`` for what suits the number of cells.
     sampling_steps
         Steps per cell; ``None`` for all T.
     n_trees
@@ -194,6 +197,7 @@ class Budget:
     baselines: int | str = "equal"
     budget_s: float | None = None
     count_steps: int = 6_000
+    count_ae_steps: int | None = None
 
 
 BUDGETS = {"pbmc68k_reduced": Budget(steps=400, ae_steps=1500, sampling_steps=100, n_trees=100, baselines=60, count_steps=1500)}
@@ -216,6 +220,30 @@ def read_budget(budget: int | str | None) -> int | str | None:
         raise InputError(f"unknown budget {text!r}; known: equal, paper, or a number of training steps")
     return text
 
+
+def _check_given(*, budget: int | str | None, budget_s: float | None, **numbers) -> None:
+    """Refuse what is no budget, no number of steps, trees, genes or cells, or no time."""
+    read_budget(budget)
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, int | np.integer) and number >= 0):
+            raise InputError(f"{name} must be a whole number, or 0 for what suits the data set; got {number!r}")
+    if budget_s is not None and budget_s < 0:
+        raise InputError(f"budget_s must be a positive number of seconds, got {budget_s}")
+
+# %% ../nbs/30_experiments.ipynb #c018g
+def _settle_budget(dataset: str, n_cells: int, *, steps: int | None = None, ae_steps: int | None = None, sampling_steps: int | None = None,
+                   n_trees: int | None = None, budget: int | str | None = None, budget_s: float | None = None) -> Budget:
+    """The budget of a data set with ``n_cells`` training cells, and what was given in its place; the names are those of `Study`."""
+    usual = BUDGETS.get(dataset) or Budget(count_steps=count_denoiser_steps(n_cells))
+    ae_steps = ae_steps or steps
+    given: dict[str, Any] = {"sampling_steps": sampling_steps, "n_trees": n_trees, "baselines": read_budget(budget), "budget_s": budget_s,
+                             "count_steps": min(steps, max(usual.count_steps, Budget.count_steps)) if steps else None,
+                             "count_ae_steps": min(3000, ae_steps) if ae_steps else None}
+    if budget_s:                                            # the clock decides; steps are an upper bound unless given
+        steps, ae_steps = steps or Budget.steps, ae_steps or Budget.ae_steps
+    given |= {"steps": steps, "ae_steps": ae_steps}
+    return replace(usual, **{k: v for k, v in given.items() if v})
+
 # %% ../nbs/30_experiments.ipynb #c021
 TARGET_CLUSTER = {"pbmc68k": "4", "pbmc68k_reduced": "4", "brain_small": "2"}
 OMEGAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -235,7 +263,7 @@ METHODS |= COUNTED
 TABLE5_METHODS = {m: METHODS[m] for m in ("cscgan", f"cscgan{SCORED}", "activa", f"activa{SCORED}", "scld_pre", "scld_both")}
 FIGURE4_METHODS = {"scld": "SCLD", "activa": "ACTIVA", "scgan": "SC-GAN", "cscgan": "cscGAN"}
 
-# %% ../nbs/30_experiments.ipynb #c021e
+
 def default_methods() -> list[str]:
     """Rows of Table 3 that can run here: all, but those of an extra that is not installed."""
     missing = set(BASELINES) - set(installed_baselines())
@@ -252,6 +280,15 @@ PAPER_TABLE4 = pd.DataFrame([("add", 0.64, 0.68), ("cat", 0.65, 0.68), ("attn", 
                             columns=["method", "pbmc68k AUC", "brain_small AUC"]).set_index("method")
 PAPER_TABLE5 = pd.DataFrame([("cscgan", 0.82, 0.72, 0.86, 0.75), ("activa", 0.73, None, 0.74, None), ("scld_both", 0.71, 0.68, 0.70, 0.69)],
                             columns=["method", "1", "2", "3", "6"]).set_index("method")
+
+# %% ../nbs/30_experiments.ipynb #c022c
+def _paper_clusters(train: pd.Series, test: pd.Series) -> dict[str, tuple[str, int]]:
+    """The paper's number of a cluster, the label here and its test cells, from the labels of training and test cells."""
+    sizes = train.astype(str).value_counts()
+    ranked = [str(k) for k in range(len(sizes))] if set(sizes.index) == {str(k) for k in range(len(sizes))} else list(sizes.index)
+    in_test = test.astype(str).value_counts()
+    found = {k: ranked[int(k)] for k in PAPER_TABLE5.columns if int(k) < len(ranked)}
+    return {k: (label, int(in_test[label])) for k, label in found.items() if in_test.get(label, 0) >= 10}
 
 # %% ../nbs/30_experiments.ipynb #c025
 def variable_genes(train: ad.AnnData, test: ad.AnnData, n_genes: int) -> tuple[ad.AnnData, ad.AnnData]:
@@ -278,6 +315,130 @@ def variable_genes(train: ad.AnnData, test: ad.AnnData, n_genes: int) -> tuple[a
     keep = np.sort(found["dispersions_norm"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1][:n_genes])
     parts = [part[:, keep] for part in (train, test)]
     return tuple(part[data.counts_matrix(part, allow_empty_cells=True).getnnz(1) > 0].copy() for part in parts)
+
+# %% ../nbs/30_experiments.ipynb #c026c
+class _ResultFiles:
+    """Results of one data set in a folder: a JSON file for each run, tables and figures beside them.
+
+    Names end in ``tag``, so that another budget or number of genes has files of its own. ``reused`` and ``done`` are the runs found
+    finished and made now, ``written`` the tables and figures.
+    """
+
+    def __init__(self, root: Path, dataset: str, tag: str = ""):
+        self.root, self.dataset, self.tag = root, dataset, tag
+        self.folder = root / "results" / dataset
+        self.reused: list[Path] = []
+        self.done: list[Path] = []
+        self.written: list[Path] = []
+
+    def path(self, experiment: str, method: str, seed: int) -> Path:
+        return self.folder / f"{experiment}{self.tag}" / f"{method}-seed{seed}.json"
+
+    def stored(self, experiment: str, method: str, seed: int, *, labels_key: str, settings: dict) -> dict | None:
+        """A finished result of the same settings and labels."""
+        path = self.path(experiment, method, seed)
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text("utf-8"))
+        settings = json.loads(json.dumps(settings, default=_plain))
+        same = found.get("format") == 1 and found.get("settings") == settings and found.get("labels_key", labels_key) == labels_key
+        return found if same and not found.get("failed") else None
+
+    def run(self, experiment: str, method: str, seed: int, make: Callable[[], dict], *, labels_key: str, settings: dict,
+            device: Callable[[], torch.device], may_fail: bool = False) -> dict:
+        """A stored result, or what ``make()`` returns, stored with its provenance; ``device`` is asked afterwards, when there is a model."""
+        path, found = self.path(experiment, method, seed), self.stored(experiment, method, seed, labels_key=labels_key, settings=settings)
+        if found is not None:
+            self.reused.append(path)
+            return found
+        start = time.perf_counter()
+        try:
+            made = make()
+        except (InputError, TrainingError, MemoryError) as error:
+            if not may_fail:
+                raise
+            made = {"records": [], "failed": " ".join(str(error).split()) or "out of memory"}
+        record = {"format": 1, "dataset": self.dataset, "experiment": experiment, "method": method, "seed": seed,
+                  "labels_key": labels_key, "settings": settings} | made
+        record |= {"seconds": round(time.perf_counter() - start, 2), "provenance": provenance(device(), root=self.root)}
+        write_json(path, record)
+        self.done.append(path)
+        return json.loads(path.read_text("utf-8"))
+
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.written.append(write_text(self.folder / f"{name}{self.tag}.csv", table.to_csv()))
+
+    def figure(self, name: str, figure) -> Path:
+        self.written.append(save_figure(figure, self.folder / f"{name}{self.tag}.png"))
+        return self.written[-1]
+
+# %% ../nbs/30_experiments.ipynb #c027b
+class _Judge:
+    """Cells against the held-out ``test`` cells, each figure beside what real cells reach; controls are computed once for a seed."""
+
+    def __init__(self, test: ad.AnnData, train: ad.AnnData, labels_key: str, *, dataset: str, n_trees: int):
+        self.test, self.train, self.labels_key, self.dataset, self.n_trees = test, train, labels_key, dataset, n_trees
+        self.n = test.n_obs
+        self.n_jobs = -1 if self.n >= 500 else None         # trees so small that handing them out costs more
+        self._controls: dict = {}
+        self._cluster_controls: dict = {}
+        self._gene_controls: dict = {}
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """The 1,000 genes that vary most among training cells."""
+        return variable_genes_of(expression(self.train, "log1p"), 1000)
+
+    def forest(self, pair: Iterable, seed: int, **options) -> float:
+        """Area of a fully grown forest that tells two groups apart."""
+        return rf_aucs(*pair, max_depths=(None,), n_trees=self.n_trees, seed=seed, n_jobs=self.n_jobs, **options)[None].auc
+
+    def controls(self, seed: int) -> dict:
+        if seed not in self._controls:
+            groups = [expression(part, "counts20k") for part in (self.test, self.train)]
+            self._controls[seed] = make_controls(*groups, n=self.n, seed=seed, n_trees=self.n_trees, n_jobs=self.n_jobs)
+        return self._controls[seed]
+
+    def gene_space(self, cells: ad.AnnData, seed: int, *, paired: bool = False) -> float:
+        pair = [expression(part, "log1p", genes=self.test.var_names)[:, self.columns] for part in (self.test, cells)]
+        return self.forest(pair, seed, n_pcs=None, paired=paired)
+
+    def gene_control(self, seed: int) -> float:
+        if seed not in self._gene_controls:
+            m = min(self.n, self.train.n_obs)
+            pick = np.random.default_rng([seed, 8])
+            groups = (part[np.sort(pick.choice(part.n_obs, m, replace=False))] for part in (self.test, self.train))
+            self._gene_controls[seed] = self.forest([expression(part, "log1p")[:, self.columns] for part in groups], seed, n_pcs=None)
+        return self._gene_controls[seed]
+
+    def records(self, cells: ad.AnnData, seed: int, method: str) -> list[dict]:
+        """Both spaces with their controls, and the forest in gene space."""
+        if cells.n_obs != self.n:
+            raise InputError(f"{method}: {cells.n_obs} cells against {self.n} test cells; the same n is a rule")
+        paired = method == "reconstruction"
+        report = evaluate(self.test, cells, train=self.train, seed=seed, n_trees=self.n_trees, controls=self.controls(seed),
+                          paired=paired, dataset=self.dataset, method=method, n_jobs=self.n_jobs, progress=False)
+        value = self.gene_space(cells, seed, paired=paired)
+        return [*report.records, {"dataset": self.dataset, "method": method, "seed": seed, "space": GENES, "metric": "rf_auc", "cluster": "all",
+                                  "n": self.n, "value": value, "control": self.gene_control(seed), "distance": abs(value - 0.5)}]
+
+    def cluster_records(self, cells: ad.AnnData, number: str, label: str, seed: int) -> list[dict]:
+        """Cells of one label against the test cells of that label, beside training cells of it."""
+        real, train = (part[part.obs[self.labels_key].astype(str) == label] for part in (self.test, self.train))
+        n, records = min(real.n_obs, cells.n_obs), []
+
+        def area(left: ad.AnnData, right: ad.AnnData, m: int, space: str) -> float:
+            groups = (part[np.sort(np.random.default_rng([seed, 7]).choice(part.n_obs, m, replace=False))] for part in (left, right))
+            return self.forest([expression(part, space) for part in groups], seed)
+
+        for space in SPACES:
+            key, m = (label, seed, space, n), min(n, train.n_obs)
+            if key not in self._cluster_controls:
+                self._cluster_controls[key] = area(real, train, m, space)
+            records.append({"space": space, "metric": "rf_auc", "cluster": number, "label": label, "n": n, "value": area(real, cells, n, space),
+                            "control": self._cluster_controls[key], "control_n": m, "null_sd": auc_null_sd(n)})
+        return records
 
 # %% ../nbs/30_experiments.ipynb #c028
 class Study:
@@ -312,15 +473,9 @@ class Study:
                  n_max: int | None = None, device: str = "auto", root: str | Path | None = None,
                  progress: bool | None = None, **options):
         make_config(**({"head": "mse"} | options))          # a wrong name is said before data are read
-        budget = read_budget(budget)
-        numbers = {"steps": steps, "ae_steps": ae_steps, "sampling_steps": sampling_steps, "n_trees": n_trees, "n_genes": n_genes, "n_max": n_max}
-        for name, number in numbers.items():
-            if number is not None and not (isinstance(number, int | np.integer) and number >= 0):
-                raise InputError(f"{name} must be a whole number, or 0 for what suits the data set; got {number!r}")
-        if budget_s is not None and budget_s < 0:
-            raise InputError(f"budget_s must be a positive number of seconds, got {budget_s}")
-        usual = asdict(make_config(head="mse")) | {"preset": "default"}
-        options = {k: v for k, v in options.items() if v != usual[k]}
+        cost: dict[str, Any] = {"steps": steps, "ae_steps": ae_steps, "sampling_steps": sampling_steps, "n_trees": n_trees,
+                                "budget": budget, "budget_s": budget_s}
+        _check_given(**cost, n_genes=n_genes, n_max=n_max)
         self.seeds = tuple(int(s) for s in seeds)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds must be different integers, at least one; got {list(self.seeds)}")
@@ -332,30 +487,18 @@ class Study:
             self.train, self.test = variable_genes(self.train, self.test, n_genes)
         if n_max and self.test.n_obs > n_max:               # fewer cells a side, drawn once for all methods and seeds
             self.test = self.test[np.sort(np.random.default_rng(0).choice(self.test.n_obs, n_max, replace=False))].copy()
-        usual_steps = None if self.name in BUDGETS else count_denoiser_steps(self.train.n_obs)
-        given = {"steps": steps, "ae_steps": ae_steps or steps, "sampling_steps": sampling_steps, "n_trees": n_trees,
-                 "baselines": budget, "budget_s": budget_s, "count_steps": min(steps, usual_steps or Budget.count_steps) if steps else usual_steps}
-        if budget_s:                                        # the clock decides; steps are an upper bound unless given
-            given |= {"steps": steps or Budget.steps, "ae_steps": ae_steps or steps or Budget.ae_steps}
-        self.budget = Budget(**(asdict(BUDGETS.get(self.name, Budget())) | {k: v for k, v in given.items() if v}))
-        self.device, self.progress, self.options = device, progress, options
-        asked = ae_steps or steps
-        self._count_ae_steps = min(3000, asked) if asked else None                              # else what suits the number of cells
+        self.n = self.test.n_obs
+        self.budget = _settle_budget(self.name, self.train.n_obs, **cost)
+        usual = asdict(make_config(head="mse")) | {"preset": "default"}
+        self.device, self.progress, self.options = device, progress, {k: v for k, v in options.items() if v != usual[k]}
         self.root = Path(root) if root else project_root()
         clock = f"-{self.budget.budget_s:g}s" if self.budget.budget_s else ""
         genes = f"-{self.train.n_vars}genes" if n_genes else ""
         self.tag = genes + (clock or ("-paper" if self.budget.baselines == "paper" else ""))    # budgets do not overwrite each other's files
-        self.results = self.root / "results" / self.name
         self.models, self.drawn = (self.root / "runs" / kind / f"{self.name}{genes}{clock}" for kind in ("models", "cells"))
-        self.n = self.test.n_obs
-        self.reused: list[Path] = []
-        self.done: list[Path] = []
-        self.written: list[Path] = []
+        self._files = _ResultFiles(self.root, self.name, self.tag)
+        self.results, self.reused, self.done, self.written = self._files.folder, self._files.reused, self._files.done, self._files.written
         self._models: dict = {}
-        self._controls: dict = {}
-        self._cluster_controls: dict = {}
-        self._gene_controls: dict = {}
-        self._genes: np.ndarray | None = None
 
     def __repr__(self) -> str:
         b = self.budget
@@ -368,18 +511,21 @@ class Study:
 
         ``"counts"`` is the package's default model with a count head, with its own numbers of steps, but sampled as the others are.
         """
-        if (variant, seed) not in self._models and variant == "counts":
-            own = {k: v for k, v in self.options.items() if k not in ("preset", "latent_act", "out_act", "standardize", "transform", "fusion")}
-            self._models[variant, seed], _ = trained_model(
-                self.train, self.labels_key, self.models / f"{variant}-seed{seed}", steps=self.budget.count_steps, ae_steps=self._count_ae_steps, seed=seed, device=self.device,
-                sampling_steps=self.budget.sampling_steps, budget_s=self.budget.budget_s, progress=self.progress, **({"sampler": "ddpm"} | own | {"head": "zinb"}))
         if (variant, seed) not in self._models:
-            setting = {"pre_guidance": False} if variant == "none" else {"fusion": variant}
             self._models[variant, seed], _ = trained_model(
-                self.train, self.labels_key, self.models / f"{variant}-seed{seed}", steps=self.budget.steps, ae_steps=self.budget.ae_steps, seed=seed,
-                device=self.device, share=None if variant == "add" else self.model("add", seed), scorer=variant in ("add", "none"),
-                sampling_steps=self.budget.sampling_steps, budget_s=self.budget.budget_s, progress=self.progress, **({"head": "mse"} | self.options | setting))
+                self.train, self.labels_key, self.models / f"{variant}-seed{seed}", seed=seed, device=self.device,
+                share=None if variant in ("add", "counts") else self.model("add", seed), scorer=variant in ("add", "none", "counts"),
+                sampling_steps=self.budget.sampling_steps, budget_s=self.budget.budget_s, progress=self.progress, **self._training(variant))
         return self._models[variant, seed]
+
+    def _training(self, variant: str) -> dict[str, Any]:
+        """Steps and settings of a variant; the count head does not take over what only makes sense for the paper's decoder."""
+        b = self.budget
+        if variant == "counts":
+            own = {k: v for k, v in self.options.items() if k not in ("preset", "latent_act", "out_act", "standardize", "transform", "fusion")}
+            return {"steps": b.count_steps, "ae_steps": b.count_ae_steps, "sampler": "ddpm"} | own | {"head": "zinb"}
+        setting = {"pre_guidance": False} if variant == "none" else {"fusion": variant}
+        return {"steps": b.steps, "ae_steps": b.ae_steps, "head": "mse"} | self.options | setting
 
     def model_provenance(self, variant: str, seed: int) -> dict | None:
         """Where and with which code the model was trained; it may be older than the run that judges it."""
@@ -408,19 +554,16 @@ class Study:
         Number k is the label named "k" if labels are numbers, else the label of rank k by size, counted from 0 (decision 34).
         At least 10 test cells are needed.
         """
-        sizes = self.train.obs[self.labels_key].astype(str).value_counts()
-        ranked = [str(k) for k in range(len(sizes))] if set(sizes.index) == {str(k) for k in range(len(sizes))} else list(sizes.index)
-        in_test = self.test.obs[self.labels_key].astype(str).value_counts()
-        found = {k: ranked[int(k)] for k in PAPER_TABLE5.columns if int(k) < len(ranked)}
-        return {k: (label, int(in_test[label])) for k, label in found.items() if in_test.get(label, 0) >= 10}
+        return _paper_clusters(self.train.obs[self.labels_key], self.test.obs[self.labels_key])
 
     def settings(self, method: str = "scld") -> dict:
         """What must agree for a stored result to be reused."""
-        budget = {k: v for k, v in asdict(self.budget).items() if k not in ("baselines", "count_steps") and v is not None or k == "sampling_steps"}
+        own = ("baselines", "count_steps", "count_ae_steps")
+        budget = {k: v for k, v in asdict(self.budget).items() if k not in own and v is not None or k == "sampling_steps"}
         if method in COUNTED:
             budget = {k: v for k, v in budget.items() if k not in ("steps", "ae_steps")} | {"count_steps": self.budget.count_steps}
-            if self._count_ae_steps is not None:
-                budget["count_ae_steps"] = self._count_ae_steps
+            if self.budget.count_ae_steps is not None:
+                budget["count_ae_steps"] = self.budget.count_ae_steps
         if method.removesuffix(SCORED) in BASELINES and not self.budget.budget_s:
             budget["baselines"] = self.budget.baselines
         genes = {} if self.train.n_vars == self.adata.n_vars else {"n_genes": self.train.n_vars}
@@ -428,186 +571,61 @@ class Study:
 
     def stored(self, experiment: str, method: str, seed: int) -> dict | None:
         """A finished result that was made with the same settings, data and labels."""
-        path = self.path(experiment, method, seed)
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text("utf-8"))
-        settings = json.loads(json.dumps(self.settings(method), default=_plain))
-        same = found.get("format") == 1 and found.get("settings") == settings and found.get("labels_key", self.labels_key) == self.labels_key
-        return found if same and not found.get("failed") else None
+        return self._files.stored(experiment, method, seed, labels_key=self.labels_key, settings=self.settings(method))
 
     def path(self, experiment: str, method: str, seed: int) -> Path:
         """Where a result lives."""
-        return self.results / f"{experiment}{self.tag}" / f"{method}-seed{seed}.json"
+        return self._files.path(experiment, method, seed)
 
     def run(self, experiment: str, method: str, seed: int, make: Callable[[], dict], *, may_fail: bool = False) -> dict:
         """A stored result, or what ``make()`` returns, stored with its provenance.
 
         With ``may_fail`` a method that cannot run on the data gets a result that holds the reason; it is tried again next time.
         """
-        path, found = self.path(experiment, method, seed), self.stored(experiment, method, seed)
-        if found is not None:
-            self.reused.append(path)
-            return found
-        start = time.perf_counter()
-        try:
-            made = make()
-        except (InputError, TrainingError, MemoryError) as error:
-            if not may_fail:
-                raise
-            made = {"records": [], "failed": " ".join(str(error).split()) or "out of memory"}
-        record = {"format": 1, "dataset": self.name, "experiment": experiment, "method": method, "seed": seed,
-                  "labels_key": self.labels_key, "settings": self.settings(method)} | made
-        record |= {"seconds": round(time.perf_counter() - start, 2), "provenance": provenance(self._device(), root=self.root)}
-        write_json(path, record)
-        self.done.append(path)
-        return json.loads(path.read_text("utf-8"))
-
-    def _jobs(self) -> int | None:
-        """All cores for the forests, unless the trees are so small that handing them out costs more."""
-        return -1 if self.n >= 500 else None
+        return self._files.run(experiment, method, seed, make, labels_key=self.labels_key, settings=self.settings(method), device=self._device,
+                               may_fail=may_fail)
 
     def _device(self) -> torch.device:
         return next(iter(self._models.values())).device if self._models else torch.device("cpu")
 
+    @cached_property
+    def _judge(self) -> _Judge:
+        return _Judge(self.test, self.train, self.labels_key, dataset=self.name, n_trees=self.budget.n_trees)
+
     def controls(self, seed: int) -> dict:
         """Positive and negative control and the kernel bandwidths; the same for every method of a seed."""
-        if seed not in self._controls:
-            groups = [expression(part, "counts20k") for part in (self.test, self.train)]
-            self._controls[seed] = make_controls(*groups, n=self.n, seed=seed, n_trees=self.budget.n_trees, n_jobs=self._jobs())
-        return self._controls[seed]
-
-    def _variable_columns(self) -> np.ndarray:
-        """The 1,000 genes that vary most among training cells, found once."""
-        if self._genes is None:
-            self._genes = variable_genes_of(expression(self.train, "log1p"), 1000)
-        return self._genes
+        return self._judge.controls(seed)
 
     def gene_space(self, cells: ad.AnnData, seed: int, *, paired: bool = False) -> float:
         """Area of a fully grown forest on the 1,000 genes that vary most among training cells, log-normalised; no components."""
-        pair = [expression(part, "log1p", genes=self.test.var_names)[:, self._variable_columns()] for part in (self.test, cells)]
-        return rf_aucs(*pair, max_depths=(None,), n_pcs=None, n_trees=self.budget.n_trees, seed=seed, paired=paired, n_jobs=self._jobs())[None].auc
+        return self._judge.gene_space(cells, seed, paired=paired)
 
     def gene_control(self, seed: int) -> float:
         """The same area of test cells against as many training cells (of as many test cells as there are training cells)."""
-        if seed not in self._gene_controls:
-            m = min(self.n, self.train.n_obs)
-            pick = np.random.default_rng([seed, 8])
-            left, right = (part[np.sort(pick.choice(part.n_obs, m, replace=False))] for part in (self.test, self.train))
-            pair = [expression(part, "log1p")[:, self._variable_columns()] for part in (left, right)]
-            self._gene_controls[seed] = rf_aucs(*pair, max_depths=(None,), n_pcs=None, n_trees=self.budget.n_trees, seed=seed, n_jobs=self._jobs())[None].auc
-        return self._gene_controls[seed]
+        return self._judge.gene_control(seed)
 
     def judge(self, cells: ad.AnnData, seed: int, method: str) -> list[dict]:
         """Records of `scld_nb.evaluation.evaluate` against the held-out test cells, and the forest in gene space."""
-        if cells.n_obs != self.n:
-            raise InputError(f"{method}: {cells.n_obs} cells against {self.n} test cells; the same n is a rule")
-        report = evaluate(self.test, cells, train=self.train, seed=seed, n_trees=self.budget.n_trees, controls=self.controls(seed),
-                          paired=method == "reconstruction", dataset=self.name, method=method, n_jobs=self._jobs(), progress=False)
-        value = self.gene_space(cells, seed, paired=method == "reconstruction")
-        return [*report.records, {"dataset": self.name, "method": method, "seed": seed, "space": GENES, "metric": "rf_auc", "cluster": "all",
-                                  "n": self.n, "value": value, "control": self.gene_control(seed), "distance": abs(value - 0.5)}]
+        return self._judge.records(cells, seed, method)
 
     def judge_cluster(self, cells: ad.AnnData, number: str, label: str, seed: int) -> list[dict]:
         """RF AUC of cells of one label against the test cells of that label, beside training cells of it."""
-        groups = {"real": self.test, "train": self.train}
-        groups = {k: part[part.obs[self.labels_key].astype(str) == label] for k, part in groups.items()}
-        n, records = min(groups["real"].n_obs, cells.n_obs), []
-
-        def area(left: ad.AnnData, right: ad.AnnData, m: int, space: str) -> float:
-            pair = [expression(part[np.sort(np.random.default_rng([seed, 7]).choice(part.n_obs, m, replace=False))], space) for part in (left, right)]
-            return rf_aucs(*pair, max_depths=(None,), n_trees=self.budget.n_trees, seed=seed, n_jobs=self._jobs())[None].auc
-
-        for space in SPACES:
-            key, m = (label, seed, space, n), min(n, groups["train"].n_obs)
-            if key not in self._cluster_controls:
-                self._cluster_controls[key] = area(groups["real"], groups["train"], m, space)
-            records.append({"space": space, "metric": "rf_auc", "cluster": number, "label": label, "n": n, "value": area(groups["real"], cells, n, space),
-                            "control": self._cluster_controls[key], "control_n": m, "null_sd": auc_null_sd(n)})
-        return records
+        return self._judge.cluster_records(cells, number, label, seed)
 
     def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Write a table as CSV beside the results and hand it back for display."""
-        self.results.mkdir(parents=True, exist_ok=True)
-        path = self.results / f"{name}{self.tag}.csv"
-        write_text(path, table.to_csv())
-        self.written.append(path)
+        self._files.table(name, table)
         return table
 
     def save_figure(self, name: str, figure) -> Path:
         """Write a figure as PNG beside the results."""
-        self.written.append(save_figure(figure, self.results / f"{name}{self.tag}.png"))
-        return self.written[-1]
+        return self._files.figure(name, figure)
 
     def summary(self) -> str:
         """How many runs were made and how many found finished."""
         return f"{len(self.done)} runs made now, {len(self.reused)} finished runs reused from {self.results.relative_to(self.root)}/"
 
 # %% ../nbs/30_experiments.ipynb #c035
-def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFrame:
-    """Run (or reuse) the rows of Table 3 for every seed and return one line per record.
-
-    Parameters
-    ----------
-    methods
-        Any of `METHODS`: the control, the competitors with and without Scorer, the decoder alone, SCLD with and without pre- and
-        post-guidance, and with labels drawn in training proportions instead of omega = -1 (decision 33). Default: `default_methods`.
-
-    Returns
-    -------
-    One line per method, seed, space and metric. A competitor that cannot run on the data has lines without a value and the reason
-    in the column ``failed``; ``cut`` says how much of a published training was done.
-    """
-    methods = default_methods() if methods is None else list(dict.fromkeys(methods))
-    for name in methods:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    n, steps = study.n, study.budget.sampling_steps
-    pools: dict = {}
-
-    def pool(variant: str, seed: int) -> ad.AnnData:    # one generation run serves the rows with and without Scorer
-        if (variant, seed) not in pools:
-            model = study.model(variant, seed)
-            pools[variant, seed] = model.sample(n_to_generate(n, model.config.keep), omega=-1, keep=1, seed=seed, sampling_steps=steps,
-                                                progress=study.progress)
-        return pools[variant, seed]
-
-    def cells_of(method: str, seed: int) -> ad.AnnData:
-        if method == "reconstruction":
-            return study.model("add", seed).reconstruct(study.test)
-        if method in COUNTED:
-            keep = 1 if method == "scld_counts" else None
-            return study.model("counts", seed).sample(n, keep=keep, seed=seed, sampling_steps=steps, progress=study.progress)
-        if method.endswith("_matched"):
-            keep = 1 if method == "scld_pre_matched" else None
-            return study.model("add", seed).sample(n, keep=keep, seed=seed, sampling_steps=steps, progress=study.progress)
-        variant = "add" if method in ("scld_pre", "scld_both") else "none"
-        cells = pool(variant, seed)
-        if method in ("scld_post", "scld_both"):
-            cells = cells[keep_top(cells.obs["score"].to_numpy(), keep=study.model(variant, seed).config.keep)]
-        return cells[:n].copy()
-
-    def make(method: str, seed: int) -> dict:
-        name = method.removesuffix(SCORED)
-        if name in BASELINES:
-            drawn = study.draws(name, seed)
-            cells = remaining(drawn, n, post=method != name, keep=make_config(**({"head": "mse"} | study.options)).keep)
-            return {"records": study.judge(cells, seed, method), "cost": competitor_cost(drawn, method != name)}
-        if method == "positive":
-            own = {"dataset": study.name, "method": "positive", "seed": seed, "space": GENES, "metric": "rf_auc", "cluster": "all",
-                   "n": study.controls(seed)["control_n"], "value": study.gene_control(seed)}
-            return {"records": [*_control_records(study.controls(seed), study.name, seed), own]}
-        cells, cost = cells_of(method, seed), {}
-        if method.startswith("scld"):
-            variant = "counts" if method in COUNTED else "none" if method in ("scld", "scld_post") else "add"
-            cost = _scld_cost(study.model(variant, seed), method.startswith(("scld_both", "scld_post", "scld_counts_post"))) | {"model": study.model_provenance(variant, seed)}
-        return {"records": study.judge(cells, seed, method), "cost": cost}
-
-    found = [study.run("table3", method, seed, lambda: make(method, seed), may_fail=method.removesuffix(SCORED) in BASELINES)
-             for seed in study.seeds for method in methods]
-    return _lines(found)
-
-
 def _scld_cost(model: SCLD, post: bool) -> dict:
     """What the cells of a model cost, and how much of the paper's training was done."""
     stages = {k: v for k, v in model.history.items() if isinstance(v, dict) and "seconds" in v}
@@ -637,7 +655,7 @@ def _control_records(controls: dict, dataset: str, seed: int) -> list[dict]:
     return [{"dataset": dataset, "method": "positive", "seed": seed, "space": space, "metric": metric, "cluster": "all",
              "n": controls["control_n"], "value": value} for space, found in controls["spaces"].items() for metric, value in found["positive"].items()]
 
-
+# %% ../nbs/30_experiments.ipynb #c035c
 def _lines(found: Iterable[dict]) -> pd.DataFrame:
     """Result files as one table; the method and seed are those of the run."""
     rows = []
@@ -655,6 +673,81 @@ def read_results(root: str | Path, dataset: str, experiment: str) -> pd.DataFram
     if not files:
         raise InputError(f"no results of {experiment!r} for {dataset!r} under {Path(root) / 'results'}; run reproduce.ipynb on that data set first")
     return _lines(json.loads(f.read_text("utf-8")) for f in files)
+
+# %% ../nbs/30_experiments.ipynb #c035e
+class _CellsOfRows:
+    """Cells of the rows of Table 3 that are SCLD's own."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.pools: dict = {}
+
+    def sample(self, variant: str, n: int, seed: int, **options) -> ad.AnnData:
+        return self.study.model(variant, seed).sample(n, seed=seed, sampling_steps=self.study.budget.sampling_steps, progress=self.study.progress, **options)
+
+    def pool(self, variant: str, seed: int) -> ad.AnnData:
+        """One generation run, which serves the rows with and without Scorer."""
+        if (variant, seed) not in self.pools:
+            n = n_to_generate(self.study.n, self.study.model(variant, seed).config.keep)
+            self.pools[variant, seed] = self.sample(variant, n, seed, omega=-1, keep=1)
+        return self.pools[variant, seed]
+
+    def of(self, method: str, seed: int) -> ad.AnnData:
+        n, variant = self.study.n, _variant(method)
+        if method == "reconstruction":
+            return self.study.model("add", seed).reconstruct(self.study.test)
+        if method in COUNTED or method.endswith("_matched"):
+            return self.sample(variant, n, seed, keep=1 if method in ("scld_counts", "scld_pre_matched") else None)
+        cells = self.pool(variant, seed)
+        if method in ("scld_post", "scld_both"):
+            cells = cells[keep_top(cells.obs["score"].to_numpy(), keep=self.study.model(variant, seed).config.keep)]
+        return cells[:n].copy()
+
+
+def _variant(method: str) -> str:
+    """Which model draws the cells of a row."""
+    return "counts" if method in COUNTED else "none" if method in ("scld", "scld_post") else "add"
+
+# %% ../nbs/30_experiments.ipynb #c035g
+def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFrame:
+    """Run (or reuse) the rows of Table 3 for every seed and return one line per record.
+
+    Parameters
+    ----------
+    methods
+        Any of `METHODS`: the control, the competitors with and without Scorer, the decoder alone, SCLD with and without pre- and
+        post-guidance, and with labels drawn in training proportions instead of omega = -1 (decision 33). Default: `default_methods`.
+
+    Returns
+    -------
+    One line per method, seed, space and metric. A competitor that cannot run on the data has lines without a value and the reason
+    in the column ``failed``; ``cut`` says how much of a published training was done.
+    """
+    methods = default_methods() if methods is None else list(dict.fromkeys(methods))
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    of_scld = _CellsOfRows(study)
+
+    def make(method: str, seed: int) -> dict:
+        name = method.removesuffix(SCORED)
+        if name in BASELINES:
+            drawn = study.draws(name, seed)
+            cells = remaining(drawn, study.n, post=method != name, keep=make_config(**({"head": "mse"} | study.options)).keep)
+            return {"records": study.judge(cells, seed, method), "cost": competitor_cost(drawn, method != name)}
+        if method == "positive":
+            own = {"dataset": study.name, "method": "positive", "seed": seed, "space": GENES, "metric": "rf_auc", "cluster": "all",
+                   "n": study.controls(seed)["control_n"], "value": study.gene_control(seed)}
+            return {"records": [*_control_records(study.controls(seed), study.name, seed), own]}
+        cells, cost = of_scld.of(method, seed), {}
+        if method.startswith("scld"):
+            scored = method.startswith(("scld_both", "scld_post", "scld_counts_post"))
+            cost = _scld_cost(study.model(_variant(method), seed), scored) | {"model": study.model_provenance(_variant(method), seed)}
+        return {"records": study.judge(cells, seed, method), "cost": cost}
+
+    found = [study.run("table3", method, seed, lambda: make(method, seed), may_fail=method.removesuffix(SCORED) in BASELINES)
+             for seed in study.seeds for method in methods]
+    return _lines(found)
 
 # %% ../nbs/30_experiments.ipynb #c040
 def summarise(lines: pd.DataFrame, names: dict[str, str], metrics: Iterable[str] = ("rf_auc", "mmd_biased")) -> pd.DataFrame:
@@ -1005,7 +1098,7 @@ def choose(name: str, given: str | int, known: list[str], *, none: bool = False)
             raise InputError(f"unknown value {part!r} in {name}; known: {', '.join(known)}{', or none' if none else ''}")
     return parts
 
-# %% ../nbs/30_experiments.ipynb #c063e
+
 def scratch_root() -> Path:
     """A fresh folder for a trial run, so that no real result is touched."""
     return Path(tempfile.mkdtemp(prefix="scld-"))

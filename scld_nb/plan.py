@@ -58,7 +58,7 @@ def calibrate(study: Study, names: Iterable[str] = (), *, seconds: float = 20.0)
     speed["judge"] = _judgement(study)
     return speed
 
-
+# %% ../nbs/32_plan.ipynb #c006c
 def _judgement(study: Study) -> float:
     """Seconds of one row of Table 3 without training and sampling: two small forests, drawn out to the number of trees asked for."""
     n = min(study.n, study.train.n_obs)
@@ -123,14 +123,14 @@ def plan(study: Study, *, tables: Iterable[str] = ("3", "4", "5"), figures: Iter
     table.loc["all"] = [table["runs to do"].sum(), table["runs found"].sum(), np.nan, table["minutes"].sum() if speed else np.nan]
     return table.astype({"runs to do": int, "runs found": int})
 
-
+# %% ../nbs/32_plan.ipynb #c009c
 def _stored(study: Study, experiment: str, method: str, seed: int) -> bool:
     if experiment == "figure5":
         return any(study.stored(experiment, p.name.removesuffix(f"-seed{seed}.json"), seed) is not None
                    for p in study.path(experiment, "x", seed).parent.glob(f"omega-cluster*-seed{seed}.json"))
     return study.stored(experiment, method, seed) is not None
 
-
+# %% ../nbs/32_plan.ipynb #c009e
 def _models(study: Study, missing: list[tuple[str, str, int]]) -> set[tuple[str, int]]:
     """Variants of SCLD that missing results need and that are not trained yet, as far as a finished folder tells."""
     need = set()
@@ -154,7 +154,7 @@ def _draws(study: Study, missing: list[tuple[str, str, int]]) -> set[tuple[str, 
     need = {(m.removesuffix(SCORED), s) for _, m, s in missing if m.removesuffix(SCORED) in BASELINES}
     return {(d, s) for d, s in need if not (study.drawn / f"{d}-seed{s}.h5ad").exists()}
 
-
+# %% ../nbs/32_plan.ipynb #c009g
 def _settings(study: Study) -> Config:
     """Those of the study's models of the paper."""
     return make_config(**({"head": "mse"} | study.options))
@@ -171,12 +171,12 @@ def _train_seconds(study: Study, variant: str, speed: dict[str, float] | None) -
         return np.nan
     stages = {"autoencoder": b.ae_steps if variant == "add" else 0, "denoiser": b.steps}
     if variant == "counts":                             # its steps cost about as much as those of the paper's head
-        stages = {"autoencoder": study._count_ae_steps or count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
+        stages = {"autoencoder": study.budget.count_ae_steps or count_autoencoder_steps(study.train.n_obs), "denoiser": b.count_steps}
     seconds = sum(n * speed[k] if b.budget_s is None else min(n * speed[k], b.budget_s / 2) for k, n in stages.items())
     fakes = min(study.train.n_obs, _settings(study).scorer_cells) * _sampling_steps(study) * speed["sampling"] if variant in ("add", "none", "counts") else 0.0
     return round(seconds + fakes, 1)
 
-
+# %% ../nbs/32_plan.ipynb #c009i
 def _competitor_seconds(study: Study, name: str, speed: dict[str, float] | None) -> float:
     b, cls = study.budget, BASELINES[name]
     if speed is None or (cls.trains and name not in speed):
@@ -191,7 +191,7 @@ def _competitor_seconds(study: Study, name: str, speed: dict[str, float] | None)
         return round(min(b.ae_steps * speed["autoencoder"] + b.steps * speed["denoiser"], published * speed[name]), 1)
     return round((published if b.baselines == "paper" else int(b.baselines)) * speed[name], 1)
 
-
+# %% ../nbs/32_plan.ipynb #c009k
 def _judge_seconds(study: Study, experiment: str, speed: dict[str, float] | None) -> float:
     if speed is None:
         return np.nan

@@ -67,16 +67,16 @@ def test_figure_5_asks_for_one_label_at_each_omega(asked):
 def test_genes_of_the_gene_space_are_chosen_on_training_cells(asked, monkeypatch):
     study, seen = asked[0], []
     monkeypatch.setattr(ex, "variable_genes_of", lambda x, n: seen.append((x.shape[0], n)) or np.arange(3))
-    study._variable_columns()
+    _ = study._judge.columns
     assert seen == [(study.train.n_obs, 1000)]
 
 
 def test_a_reconstruction_is_judged_as_a_twin(tmp_path, monkeypatch):
     study, seen = ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, n_trees=4), {}
     monkeypatch.setattr(ex, "evaluate", lambda *a, paired, method, **o: seen.update({method: paired}) or SimpleNamespace(records=[]))
-    monkeypatch.setattr(study, "controls", lambda seed: {})
-    monkeypatch.setattr(study, "gene_control", lambda seed: 0.5)
-    monkeypatch.setattr(study, "gene_space", lambda cells, seed, *, paired: seen.update(genes=paired) or 0.5)
+    monkeypatch.setattr(study._judge, "controls", lambda seed: {})
+    monkeypatch.setattr(study._judge, "gene_control", lambda seed: 0.5)
+    monkeypatch.setattr(study._judge, "gene_space", lambda cells, seed, *, paired: seen.update(genes=paired) or 0.5)
     for method in ("scld", "reconstruction"):
         study.judge(study.test, 0, method)
     assert seen == {"scld": False, "reconstruction": True, "genes": True}
