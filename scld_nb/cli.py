@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'MODEL_FILES', 'kernel_app', 'speaks', 'say', 'Stopped', 'stop_in_order', 'note_if_left_alone', 'parse_setting',
            'check_folder', 'check_output', 'write_cells', 'check_model_folder', 'training_there', 'alone_with',
-           'check_space', 'drop_checkpoints', 'datasets', 'say_how_to_resume', 'train', 'load_backed', 'write_backed',
+           'check_space', 'drop_checkpoints', 'datasets', 'say_how_to_resume', 'load_backed', 'write_backed', 'train',
            'sample', 'evaluate', 'kernel_install', 'main']
 
 # %% ../nbs/40_cli.ipynb #c004
@@ -68,7 +68,7 @@ def say(text: str) -> None:
     if speaks():
         typer.echo(text)
 
-
+# %% ../nbs/40_cli.ipynb #c010c
 class Stopped(SystemExit):
     """SIGTERM came."""
 
@@ -99,7 +99,7 @@ def stop_in_order() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-
+# %% ../nbs/40_cli.ipynb #c010e
 def note_if_left_alone() -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process and no second one; better said than discovered."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
@@ -300,7 +300,7 @@ def alone_with(team: "Team", folder: Path) -> Iterator[None]:
                 pass
         yield
 
-
+# %% ../nbs/40_cli.ipynb #c026c
 def check_space(folder: Path, model, cells: "AnnData | DiskCells", kept: int | None = None) -> None:
     """Refuse to start where the disk cannot hold the checkpoints and the model: training for hours would be lost.
 
@@ -389,6 +389,84 @@ def say_how_to_resume() -> Iterator[None]:
             raise SystemExit(end.code if isinstance(end, SystemExit) else 130) from None
 
 # %% ../nbs/40_cli.ipynb #c035
+def load_backed(data: str, *, layer: str | None = None, labels: str | None = None) -> "DiskCells":
+    """What `scld_nb.large.load_on_disk` gives for DATA, which must be a file here."""
+    from scld_nb.data import DATASETS, InputError
+    from scld_nb.large import load_on_disk
+
+    if data in DATASETS and not Path(data).exists():
+        raise InputError(f"--backed is for an .h5ad file, {data!r} is a known data set and fits into memory; leave --backed out")
+    return load_on_disk(data, layer=layer, labels=labels)
+
+# %% ../nbs/40_cli.ipynb #c035c
+def write_backed(cells: "DiskCells", path: Path, *, most: int, seed: int = 0, chunk: int = 4096) -> None:
+    """Write cells of a file to another one in chunks: counts and labels; of more than ``most`` cells a random choice of so many."""
+    import numpy as np
+
+    from scld_nb.large import CellWriter
+
+    rows = np.arange(cells.n_obs)
+    if cells.n_obs > most:
+        rows = np.sort(np.random.default_rng(seed).choice(cells.n_obs, most, replace=False))
+    with CellWriter(path) as writer:
+        for start in range(0, len(rows), chunk):
+            writer.append(cells.to_memory(rows[start : start + chunk], columns=[cells.uns["scld_data"]["labels_key"]]))
+        writer.uns = cells.uns
+
+
+def _counts_only(cells: "AnnData") -> "AnnData":
+    """The same cells with integer counts in ``X`` and their label, ready for ``scld evaluate``."""
+    import anndata
+
+    facts = cells.uns["scld_data"]
+    return anndata.AnnData(
+        cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=cells.var[[]], uns={"scld_data": facts}
+    )
+
+# %% ../nbs/40_cli.ipynb #c035e
+class _CellsBeside:
+    """The files in which a model's training and test cells are kept beside it; without a split there are none.
+
+    Parameters
+    ----------
+    folder
+        Of the model.
+    parts
+        ``"train"`` and, if they were split, ``"test"``: cells in memory, or with ``backed`` on disk.
+    """
+
+    def __init__(self, folder: Path, parts: dict[str, Any], *, backed: bool, seed: int):
+        self.folder, self.parts, self.backed, self.seed = folder, parts, backed, seed
+        self.names = tuple(parts) if "test" in parts else ()
+
+    @property
+    def rows(self) -> int | None:
+        """Cells on disk that are to be written; nothing for cells in memory, all of which are."""
+        if not self.backed:
+            return None
+        return 2 * self.parts["test"].n_obs if self.names else 0
+
+    def lost(self) -> list[str]:
+        """Files that are not there."""
+        return [name for name in self.names if not (self.folder / f"{name}.h5ad").exists()]
+
+    def write(self, names: Iterable[str]) -> None:
+        """Write some of the files."""
+        for name in names:
+            if self.backed:
+                write_backed(self.parts[name], self.folder / f"{name}.h5ad", most=self.parts["test"].n_obs, seed=self.seed)
+            else:
+                write_cells(_counts_only(self.parts[name]), self.folder / f"{name}.h5ad")
+
+    def write_with(self, model) -> None:
+        """Write all files and the model, and drop its checkpoints."""
+        for name in ("config.json", "train.h5ad", "test.h5ad"):  # until the last file is there, this is no model
+            (self.folder / name).unlink(missing_ok=True)
+        self.write(self.names)
+        model.save(self.folder)
+        drop_checkpoints(self.folder)
+
+# %% ../nbs/40_cli.ipynb #c035g
 @app.command()
 def train(
     data: Annotated[
@@ -458,6 +536,7 @@ def train(
     parts = dict(zip(("train", "test"), (split_on_disk if backed else default_split)(cells))) if split else {"train": cells}
     model = SCLD(parts["train"], key, preset=preset, device=device, seed=seed, **options)
     steps, ae_steps = model.training_steps(steps, ae_steps)
+    beside = _CellsBeside(output, parts, backed=backed, seed=seed)
 
     def begin() -> str:
         check()                                               # things may have changed while another process trained
@@ -465,30 +544,15 @@ def train(
             return training_there(output, model, steps, ae_steps, resume=resume)
         return "begun" if model.has_checkpoints(output / "checkpoints", steps, ae_steps) else ""
 
-    def keep(names: Iterable[str]) -> None:
-        for name in names:
-            if backed:
-                write_backed(parts[name], output / f"{name}.h5ad", most=parts["test"].n_obs, seed=seed)
-            else:
-                write_cells(_counts_only(parts[name]), output / f"{name}.h5ad")
-
-    def write() -> None:
-        for name in ("config.json", "train.h5ad", "test.h5ad"):  # until the last file is there, this is no model
-            (output / name).unlink(missing_ok=True)
-        keep(parts if split else ())
-        model.save(output)
-        drop_checkpoints(output)
-
-    kept = (2 * parts["test"].n_obs if split else 0) if backed else None
-    space = partial(check_space, output, model, cells, kept)
+    space = partial(check_space, output, model, cells, beside.rows)
     team.on_main(lambda: None if output.exists() else space())      # before the folder is made
     with alone_with(team, output):
         there = team.on_main(begin)
         if there != "begun":
             team.on_main(lambda: drop_checkpoints(output))
         if there == "finished":
-            lost = [name for name in parts if split and not (output / f"{name}.h5ad").exists()] if team.is_main else []
-            team.on_main(lambda: keep(lost))
+            lost = beside.lost() if team.is_main else []
+            team.on_main(lambda: beside.write(lost))
             again = f"only {' and '.join(f'{name}.h5ad' for name in lost)} had to be written again" if lost else "nothing to do"
             say(f"the model in {output} is trained already; {again}")
             return
@@ -510,7 +574,7 @@ def train(
                 resume=there == "begun",
                 keep_partial=False,
             )
-            team.on_main(write)
+            team.on_main(lambda: beside.write_with(model))
     say(f"saved {model} in {output}")
     if split:
         say(
@@ -518,41 +582,6 @@ def train(
             f"      scld evaluate {quote(str(output / 'test.h5ad'))} synth.h5ad --train {quote(str(output / 'train.h5ad'))} "
             f"--labels {quote(key)} -o report"
         )
-
-
-def load_backed(data: str, *, layer: str | None = None, labels: str | None = None) -> "DiskCells":
-    """What `scld_nb.large.load_on_disk` gives for DATA, which must be a file here."""
-    from scld_nb.data import DATASETS, InputError
-    from scld_nb.large import load_on_disk
-
-    if data in DATASETS and not Path(data).exists():
-        raise InputError(f"--backed is for an .h5ad file, {data!r} is a known data set and fits into memory; leave --backed out")
-    return load_on_disk(data, layer=layer, labels=labels)
-
-
-def write_backed(cells: "DiskCells", path: Path, *, most: int, seed: int = 0, chunk: int = 4096) -> None:
-    """Write cells of a file to another one in chunks: counts and labels; of more than ``most`` cells a random choice of so many."""
-    import numpy as np
-
-    from scld_nb.large import CellWriter
-
-    rows = np.arange(cells.n_obs)
-    if cells.n_obs > most:
-        rows = np.sort(np.random.default_rng(seed).choice(cells.n_obs, most, replace=False))
-    with CellWriter(path) as writer:
-        for start in range(0, len(rows), chunk):
-            writer.append(cells.to_memory(rows[start : start + chunk], columns=[cells.uns["scld_data"]["labels_key"]]))
-        writer.uns = cells.uns
-
-
-def _counts_only(cells: "AnnData") -> "AnnData":
-    """The same cells with integer counts in ``X`` and their label, ready for ``scld evaluate``."""
-    import anndata
-
-    facts = cells.uns["scld_data"]
-    return anndata.AnnData(
-        cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=cells.var[[]], uns={"scld_data": facts}
-    )
 
 # %% ../nbs/40_cli.ipynb #c038
 @app.command()
@@ -683,7 +712,7 @@ app.add_typer(kernel_app, name="kernel")
 def _kernel() -> None:
     pass
 
-
+# %% ../nbs/40_cli.ipynb #c044c
 @kernel_app.command("install")
 def kernel_install(
     name: Annotated[str, typer.Option(help="What papermill -k and jupyter call it.")] = "scld-gpu",
@@ -753,7 +782,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 1, f"the GPU's memory is full ({text.split('. ')[0]}); close other programs on it, use fewer genes, --device cpu or, to sample, a smaller --batch-size"
     return 1, f"{what} (set SCLD_DEBUG=1 to see where)"
 
-
+# %% ../nbs/40_cli.ipynb #c047c
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if speaks():
         print(f"scld: note: {' '.join(str(message).split())}", file=sys.stderr)
