@@ -722,7 +722,8 @@ def test_warnings_become_notes(files, tmp_path, capsys):
     )
     assert call(line) == 0
     err = capsys.readouterr().err
-    assert err.startswith("scld: note: T=20 with beta_T=0.02 leaves 90% of the signal") and err.count("\n") == 1
+    said = [line for line in err.splitlines() if " steps, about " not in line]     # progress, where a machine is slow
+    assert len(said) == 1 and said[0].startswith("scld: note: T=20 with beta_T=0.02 leaves 90% of the signal")
 
 
 def test_unwritable_folder(tmp_path, monkeypatch):
