@@ -34,7 +34,7 @@ def free_memory() -> int:
         free.append(int(limit.read_text()) - int(used.read_text()))
     return max(0, min(free)) if free else 2**63
 
-
+# %% ../../nbs/20_baselines.base.ipynb #c007c
 def require_memory(need: float, what: str, mend: str) -> None:
     """Refuse work that needs more memory than there is.
 
@@ -53,6 +53,22 @@ def require_memory(need: float, what: str, mend: str) -> None:
     free = free_memory()
     if need > free:
         raise InputError(f"{what} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; {mend}")
+
+# %% ../../nbs/20_baselines.base.ipynb #c010b
+def _labels_of(adata: ad.AnnData, labels_key: str) -> tuple[list[str], np.ndarray]:
+    """Labels by falling size, and the number of its label for each cell."""
+    if labels_key not in adata.obs:
+        raise InputError(f"no column {labels_key!r} in obs; there are: {', '.join(map(str, adata.obs.columns)) or 'none'}")
+    column = pd.Categorical(adata.obs[labels_key]).remove_unused_categories()
+    if (column.codes < 0).any():
+        raise InputError(f"{labels_key!r} has {int((column.codes < 0).sum())} missing values; drop those cells or name them")
+    sizes = np.bincount(column.codes, minlength=len(column.categories))
+    order = np.argsort(-sizes, kind="stable")           # class 0 is the largest, which class-conditional GANs rely on
+    labels = [str(column.categories[i]) for i in order]
+    if len(set(labels)) < len(labels):
+        twice = next(name for name in labels if labels.count(name) > 1)
+        raise InputError(f"{labels_key!r} has two labels that read {twice!r}, such as the number and the word; rename one")
+    return labels, np.argsort(order)[column.codes].astype(np.int64)
 
 # %% ../../nbs/20_baselines.base.ipynb #c011
 class Baseline:
@@ -109,21 +125,7 @@ class Baseline:
             or the method cannot run on these cells; the line says why.
         """
         counts = counts_matrix(adata, layer=layer)
-        labels: list[str] = []
-        codes = np.zeros(adata.n_obs, dtype=np.int64)
-        if labels_key is not None:
-            if labels_key not in adata.obs:
-                raise InputError(f"no column {labels_key!r} in obs; there are: {', '.join(map(str, adata.obs.columns)) or 'none'}")
-            column = pd.Categorical(adata.obs[labels_key]).remove_unused_categories()
-            if (column.codes < 0).any():
-                raise InputError(f"{labels_key!r} has {int((column.codes < 0).sum())} missing values; drop those cells or name them")
-            sizes = np.bincount(column.codes, minlength=len(column.categories))
-            order = np.argsort(-sizes, kind="stable")   # class 0 is the largest, which class-conditional GANs rely on
-            labels = [str(column.categories[i]) for i in order]
-            codes = np.argsort(order)[column.codes].astype(np.int64)
-            if len(set(labels)) < len(labels):
-                twice = next(name for name in labels if labels.count(name) > 1)
-                raise InputError(f"{labels_key!r} has two labels that read {twice!r}, such as the number and the word; rename one")
+        labels, codes = ([], np.zeros(adata.n_obs, dtype=np.int64)) if labels_key is None else _labels_of(adata, labels_key)
         self.genes, self.labels_key, self.labels, self.codes, self.history = [str(g) for g in adata.var_names], labels_key, labels, codes, {}
         self.label_counts = np.bincount(codes, minlength=max(1, len(labels)))
         began = time.perf_counter()
