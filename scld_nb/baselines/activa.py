@@ -25,7 +25,7 @@ from ..training import TrainingError, batch_rows, counter_seed
 def _blocks(sizes: Sequence[int]) -> list[nn.Module]:
     return [layer for a, b in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b))]
 
-
+# %% ../../nbs/20_baselines.activa.ipynb #c007c
 class Encoder(nn.Module):
     """Cells to the mean and log variance of a Gaussian in latent space; also the judge of generated cells.
 
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         mu, logvar = self.layers(cells).chunk(2, dim=1)
         return mu, logvar
 
-
+# %% ../../nbs/20_baselines.activa.ipynb #c007e
 class Decoder(nn.Module):
     """Latent points to expression, not negative, near 20,000 per cell but not forced to it.
 
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         """Cells ``(n, n_genes)`` of latent points ``(n, latent)``."""
         return self.layers(z)
 
-
+# %% ../../nbs/20_baselines.activa.ipynb #c007g
 class Actinn(nn.Module):
     """The conditioner: a small classifier of cell types.
 
@@ -132,7 +132,7 @@ def encoder_loss(kl_real: torch.Tensor, kl_rec: torch.Tensor, kl_fake: torch.Ten
     hinges = F.relu(margin - kl_rec) + F.relu(margin - kl_fake)
     return kl_real + weight_margin * hinges + weight_rec * (reconstruction + classification)
 
-
+# %% ../../nbs/20_baselines.activa.ipynb #c019c
 def generator_loss(kl_rec: torch.Tensor, kl_fake: torch.Tensor, *, weight: float = 0.5) -> torch.Tensor:
     """What the decoder minimises beside the copies: the divergence that the encoder gives to made cells.
 
@@ -192,6 +192,28 @@ def introspective_step(encoder: Encoder, decoder: Decoder, actinn: Actinn, optim
     optimizers[1].step()
     parts = {"kl_real": kl_real, "kl_rec": kl_rec, "kl_fake": kl_fake, "reconstruction": copies[0], "classification": copies[1]}
     return {name: part.detach() for name, part in parts.items()}
+
+# %% ../../nbs/20_baselines.activa.ipynb #c028b
+def _classifier_step(actinn: Actinn, optimizer: torch.optim.Optimizer, cells: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One update of the classifier."""
+    loss = F.cross_entropy(actinn(cells), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return {"cross_entropy": loss.detach()}
+
+
+def _vae_step(encoder: Encoder, decoder: Decoder, optimizers: tuple, cells: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One update of encoder and decoder as a plain VAE, with the noise ``eps`` of the encoder's draw."""
+    mu, logvar = encoder(cells)
+    reconstruction = squared_error(decoder(mu + eps * (0.5 * logvar).exp()), cells)
+    kl_real = kl_divergence(mu, logvar).mean()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    (reconstruction + kl_real).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return {"kl_real": kl_real.detach(), "reconstruction": reconstruction.detach()}
 
 # %% ../../nbs/20_baselines.activa.ipynb #c029
 def stage_of(progress: float, stages: Sequence[float] = (5, 5, 490), before: int = 0) -> int:
@@ -334,12 +356,12 @@ class Activa(Baseline):
             rows = batch_rows(n, self.batch_size, step, seed=self.seed, stage=self.name)
             cells = torch.from_numpy(reader.read(rows)).to(self.device)
             if stage == 0:
-                losses = self._classifier_step(cells, labels[rows].to(self.device), judge)
+                losses = _classifier_step(self.actinn, judge, cells, labels[rows].to(self.device))
                 decay.step()
             else:
                 noise, eps = torch.randn(2, len(rows), self.latent, generator=rng).to(self.device)
                 self.actinn.requires_grad_(False)
-                losses = self._vae_step(cells, eps, both) if stage == 1 else introspective_step(
+                losses = _vae_step(self.encoder, self.decoder, both, cells, eps) if stage == 1 else introspective_step(
                     self.encoder, self.decoder, self.actinn, both, cells, noise, eps, detach_bug=self.detach_bug, **self.weights)
             spent[stage] += 1
             if step % 100 == 99:
@@ -348,24 +370,6 @@ class Activa(Baseline):
             self._note_loss(sum(spent) - 1, **losses)
         self.history["stage_steps"] = spent
         self._finish(reader)
-
-    def _classifier_step(self, cells: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict:
-        loss = F.cross_entropy(self.actinn(cells), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return {"cross_entropy": loss.detach()}
-
-    def _vae_step(self, cells: torch.Tensor, eps: torch.Tensor, optimizers: tuple) -> dict:
-        mu, logvar = self.encoder(cells)
-        reconstruction = squared_error(self.decoder(mu + eps * (0.5 * logvar).exp()), cells)
-        kl_real = kl_divergence(mu, logvar).mean()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (reconstruction + kl_real).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return {"kl_real": kl_real.detach(), "reconstruction": reconstruction.detach()}
 
     @torch.no_grad()
     def _finish(self, reader: CellReader) -> None:

@@ -35,7 +35,7 @@ class ConditionalBatchNorm(nn.Module):
         """Features, (n, width), of cells with the given classes, (n,)."""
         return self.gain(classes) * self.norm(h) + self.bias(classes)
 
-
+# %% ../../nbs/20_baselines.cscgan.ipynb #c007c
 class ConditionalGenerator(Generator):
     """`Generator` whose batch norms know the class; call it with noise and classes.
 
@@ -73,7 +73,7 @@ class ClassScore(nn.Module):
         """Scores, (n, 1), of features, (n, width), with the given classes, (n,)."""
         return self.scores(h).gather(1, classes[:, None])
 
-
+# %% ../../nbs/20_baselines.cscgan.ipynb #c012c
 class ConditionalCritic(Critic):
     """`Critic` with an output layer per class; call it with cells and classes.
 
