@@ -72,7 +72,7 @@ def model_space(cells: ad.AnnData, transform: str = "log1p") -> sp.csr_matrix:
     x.data *= np.repeat(factor, np.diff(x.indptr)).astype(np.float32)
     return sp.csr_matrix(apply_transform(x, transform))
 
-
+# %% ../../nbs/29_baselines.ipynb #c011c
 def fit_scorer(reader: CellReader, fakes: sp.csr_matrix, *, seed: int, device: torch.device) -> tuple[Scorer, dict]:
     """A Scorer for one generator, trained on real training cells and that generator's fakes.
 
@@ -93,12 +93,31 @@ def fit_scorer(reader: CellReader, fakes: sp.csr_matrix, *, seed: int, device: t
         scorer = Scorer(fakes.shape[1]).to(device)
     return scorer, train_scorer(scorer, reader, fakes, seed=seed, device=device, show=False)
 
-
+# %% ../../nbs/29_baselines.ipynb #c011e
 @torch.no_grad()
 def score(scorer: Scorer, cells: sp.csr_matrix, *, device: torch.device) -> np.ndarray:
     """Probability of "real" of cells in model space, in blocks of 1,024."""
     parts = [scorer.score(torch.from_numpy(cells[i:i + 1024].toarray()).to(device)).cpu().numpy() for i in range(0, cells.shape[0], 1024)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+# %% ../../nbs/29_baselines.ipynb #c015b
+def _draw_requests(baseline: Baseline, n: int, clusters: Mapping[str, int], keep: float) -> tuple[ad.AnnData, dict[str, str]]:
+    """Cells of a fitted baseline for the pool and for clusters, enough for post-guidance, with ``obs["requested"]``; and the clusters that failed, with the reason."""
+    parts, failed = [baseline.sample(n_to_generate(n, keep))], {}
+    parts[0].obs["requested"] = ""
+    for label, n_label in clusters.items():
+        try:
+            own = baseline.sample(n_to_generate(n_label, keep), label)
+        except (InputError, TrainingError) as error:
+            failed[label] = str(error)
+            continue
+        own.obs["requested"] = label
+        parts.append(own)
+    requested = np.concatenate([p.obs["requested"].to_numpy(str) for p in parts])
+    drawn = ad.AnnData(sp.csr_matrix(sp.vstack([p.X for p in parts])), var=pd.DataFrame(index=baseline.genes),
+                       obs=pd.DataFrame({"requested": requested}, index=[f"{baseline.name}_{i}" for i in range(len(requested))]))
+    drawn.uns["scld"] = dict(parts[0].uns["scld"])
+    return drawn, failed
 
 # %% ../../nbs/29_baselines.ipynb #c016
 def compete(name: str, train: ad.AnnData, labels_key: str, path: str | Path, *, n: int, clusters: Mapping[str, int] | None = None, seed: int = 0,
@@ -153,30 +172,17 @@ def compete(name: str, train: ad.AnnData, labels_key: str, path: str | Path, *, 
     began = time.perf_counter()
     scorer, scorer_report = fit_scorer(reader, fakes, seed=seed, device=baseline.device)
     scorer_seconds = time.perf_counter() - began
-    parts, failed = [baseline.sample(n_to_generate(n, keep))], {}
-    parts[0].obs["requested"] = ""
-    for label, n_label in clusters.items():
-        try:
-            own = baseline.sample(n_to_generate(n_label, keep), label)
-        except (InputError, TrainingError) as error:
-            failed[label] = str(error)
-            continue
-        own.obs["requested"] = label
-        parts.append(own)
-    requested = np.concatenate([p.obs["requested"].to_numpy(str) for p in parts])
-    drawn = ad.AnnData(sp.csr_matrix(sp.vstack([p.X for p in parts])), var=pd.DataFrame(index=baseline.genes),
-                       obs=pd.DataFrame({"requested": requested}, index=[f"{name}_{i}" for i in range(len(requested))]))
+    drawn, failed = _draw_requests(baseline, n, clusters, keep)
     drawn.obs["score"] = score(scorer, model_space(drawn, transform), device=baseline.device)
     cost = {"train_seconds": baseline.history.get("train_seconds", baseline.history.get("seconds")), "sample_seconds_per_1000": 1000 * sampling / n_fakes,
             "scorer_seconds": scorer_seconds, "parameters": count_parameters(baseline)}
     history = {k: v for k, v in baseline.history.items() if k != "losses"}
-    drawn.uns["scld"] = dict(parts[0].uns["scld"])
     drawn.uns["competitor"] = json.dumps({"settings": asked, "history": history, "cost": cost, "scorer": scorer_report, "failed": failed}, default=str)
     with replacing(path) as temporary:
         drawn.write_h5ad(temporary)
     return drawn
 
-
+# %% ../../nbs/29_baselines.ipynb #c016c
 def count_parameters(baseline: Baseline) -> int:
     """Weights of all networks a baseline holds; 0 if it has none."""
     networks = [v for v in vars(baseline).values() if isinstance(v, torch.nn.Module)]
