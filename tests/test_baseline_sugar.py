@@ -268,7 +268,7 @@ def test_projection_back_is_exact_with_all_components(cells):
     small.X = sp.csr_matrix(small.X.toarray() + 1)
     for transform in ("none", "log1p"):
         baseline = SugarBaseline(n_pcs=19, transform=transform).fit(small)
-        again = baseline._to_genes(baseline._scores[:30]).toarray()
+        again = baseline._cells.to_genes(baseline._cells.scores[:30]).toarray()
         real = expression(small, "counts20k").toarray()[:30]
         error = np.abs(again - real).mean() / np.abs(real - real.mean(0)).mean()
         assert error < (1e-3 if transform == "none" else 0.3), transform  # totals tie the 20th to the others; logs do not
@@ -276,8 +276,8 @@ def test_projection_back_is_exact_with_all_components(cells):
 
 def test_a_point_without_positive_values_takes_the_mean(cells):
     baseline = SugarBaseline(n_pcs=5).fit(cells)
-    baseline._mean = np.full(cells.n_vars, -1.0)
-    row = baseline._to_genes(np.zeros((1, 5))).toarray()[0]
+    baseline._cells.mean = np.full(cells.n_vars, -1.0)
+    row = baseline._cells.to_genes(np.zeros((1, 5))).toarray()[0]
     assert row.sum() == pytest.approx(20_000, rel=1e-5) and np.corrcoef(row, np.asarray(cells.X.mean(axis=0)).ravel())[0, 1] > 0.9
 
 

@@ -63,7 +63,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
-
+# %% ../../nbs/20_baselines.scigans.ipynb #c013c
 class CellGenerator(nn.Module):
     """Pictures of cells from noise and labels.
 
@@ -160,6 +160,32 @@ def equilibrium(k: float, real: float, fake: float, *, gamma: float = 0.95, lamb
     balance = gamma * real - fake
     return min(1.0, max(0.0, k + lambda_k * balance)), real + abs(balance)
 
+# %% ../../nbs/20_baselines.scigans.ipynb #c021c
+def _update(generator: CellGenerator, critic: CellCritic, optimizers: tuple, real: torch.Tensor, codes: torch.Tensor, noise: torch.Tensor,
+            k: float) -> dict[str, float]:
+    """One step of the generator and one of the critic on pictures of real cells with their labels; the errors before it."""
+    fake = generator(noise, codes)
+    critic.requires_grad_(False)                        # the generator's step needs no gradients of the critic's weights
+    loss_g = critic.error(fake, codes)
+    optimizers[0].zero_grad()
+    loss_g.backward()
+    optimizers[0].step()
+    critic.requires_grad_(True)
+    error_real, error_fake = critic.error(real, codes), critic.error(fake.detach(), codes)
+    optimizers[1].zero_grad()
+    (error_real - k * error_fake).backward()
+    optimizers[1].step()
+    return {"real": error_real.item(), "fake": error_fake.item(), "generator": loss_g.item()}
+
+# %% ../../nbs/20_baselines.scigans.ipynb #c021e
+def _fill(cells: np.ndarray, voters: np.ndarray, neighbours: int) -> np.ndarray:
+    "Counts with zeros replaced by the median of the nearest generated cells; distances over each cell's non-zero genes."
+    largest = cells.max(1, keepdims=True)
+    seen, scaled = cells > 0, cells / largest
+    distance = seen.astype(np.float32) @ (voters * voters).T - 2 * scaled @ voters.T    # the cell's own squares move no order
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :neighbours]
+    return np.where(seen, cells, np.median(voters[nearest], axis=1) * largest)
+
 # %% ../../nbs/20_baselines.scigans.ipynb #c024
 class ScIGANs(Baseline):
     """scIGANs: a conditional BEGAN on cells folded to square pictures, which samples cells and imputes zeros.
@@ -255,20 +281,10 @@ class ScIGANs(Baseline):
             cells = torch.from_numpy(counts[rows].toarray())
             real = fold(cells / cells.amax(1, keepdim=True)).to(self.device)
             y, z = codes[rows].to(self.device), torch.randn(len(rows), self.latent_dim, generator=noise).to(self.device)
-            fake = self.generator(z, y)
-            critic.requires_grad_(False)                # the generator's step needs no gradients of the critic's weights
-            loss_g = critic.error(fake, y)
-            adam_g.zero_grad()
-            loss_g.backward()
-            adam_g.step()
-            critic.requires_grad_(True)
-            error_real, error_fake = critic.error(real, y), critic.error(fake.detach(), y)
-            adam_d.zero_grad()
-            (error_real - k * error_fake).backward()
-            adam_d.step()
-            k, convergence = equilibrium(k, error_real.item(), error_fake.item(), gamma=self.gamma, lambda_k=self.lambda_k)
+            errors = _update(self.generator, critic, (adam_g, adam_d), real, y, z, k)
+            k, convergence = equilibrium(k, errors["real"], errors["fake"], gamma=self.gamma, lambda_k=self.lambda_k)
             if step % 50 == 0:
-                self._note_loss(step, real=error_real.item(), fake=error_fake.item(), generator=loss_g.item(), k=k, convergence=convergence)
+                self._note_loss(step, **errors, k=k, convergence=convergence)
         self.generator.eval()
 
     @torch.no_grad()
@@ -351,12 +367,3 @@ class ScIGANs(Baseline):
             strange = adata.obs[self.labels_key].astype(str).iloc[int(np.flatnonzero(codes < 0)[0])]
             raise InputError(f"unknown label {strange!r} in {self.labels_key!r}; known: {', '.join(self.labels)}")
         return codes.astype(np.int64)
-
-
-def _fill(cells: np.ndarray, voters: np.ndarray, neighbours: int) -> np.ndarray:
-    "Counts with zeros replaced by the median of the nearest generated cells; distances over each cell's non-zero genes."
-    largest = cells.max(1, keepdims=True)
-    seen, scaled = cells > 0, cells / largest
-    distance = seen.astype(np.float32) @ (voters * voters).T - 2 * scaled @ voters.T    # the cell's own squares move no order
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, :neighbours]
-    return np.where(seen, cells, np.median(voters[nearest], axis=1) * largest)

@@ -98,7 +98,7 @@ def _global_seed(seed: int, device: torch.device):
             random.setstate(state)
             np.random.set_state(legacy)
 
-
+# %% ../../nbs/20_baselines.scvi.ipynb #c020d
 @contextmanager
 def _quiet():
     "No notes and warnings of lightning and scvi-tools while they train."
@@ -114,7 +114,7 @@ def _quiet():
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
-
+# %% ../../nbs/20_baselines.scvi.ipynb #c020f
 class ScVI(Baseline):
     """New cells from scVI: counts drawn from the decoder at codes of the prior or of a label's aggregated posterior.
 
@@ -242,7 +242,7 @@ class ScVI(Baseline):
         blocks = [sp.csr_matrix(draw_counts(*self._decode(z[i:i + 1_000], totals[i:i + 1_000]), rng)) for i in range(0, n, 1_000)]
         return sp.vstack(blocks, format="csr")
 
-
+# %% ../../nbs/20_baselines.scvi.ipynb #c020h
 class ScVIPrior(ScVI):
     """scVI with codes from the prior: `ScVI` with ``mode="prior"``; a label decides nothing but the library sizes."""
 

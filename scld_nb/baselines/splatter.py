@@ -78,7 +78,7 @@ class SplatGenes:
     shares: np.ndarray
     scatter: np.ndarray
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c010c
 def draw_scatter(params: SplatParameters, n_genes: int, rng: np.random.Generator) -> np.ndarray:
     """Factors sqrt(df / chi-square(df)) on the BCV, one per gene; ones where df is infinite."""
     if not np.isfinite(params.bcv_df):
@@ -107,7 +107,7 @@ def draw_genes(params: SplatParameters, rng: np.random.Generator) -> SplatGenes:
     means = np.where(outlier, factors * np.median(means), means)
     return SplatGenes(means / means.sum(), draw_scatter(params, params.n_genes, rng))
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c010e
 def draw_libraries(params: SplatParameters, n: int, rng: np.random.Generator) -> np.ndarray:
     """Expected counts per cell, (n,); a normal draw below one count is set to one."""
     if params.library_kind == "normal":
@@ -121,7 +121,7 @@ def _blocks(n: int, n_genes: int) -> Iterator[int]:
     for start in range(0, n, size):
         yield min(size, n - start)
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c012c
 def simulate_splat(params: SplatParameters, n: int, rng: np.random.Generator, *, genes: SplatGenes | None = None,
                    libraries: np.ndarray | None = None, dropout: str = "none") -> sp.csr_matrix:
     """Counts of `n` cells from the Splat model.
@@ -201,7 +201,7 @@ class GeneMoments:
     root: float
     n: int
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c017c
 def gene_moments(counts) -> GeneMoments:
     """Gene means and variances at median library size, without making the matrix dense.
 
@@ -315,7 +315,7 @@ def _measured(moments: GeneMoments) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     good = (excess > 0) & (error < 0.5 * excess)
     return mean[good], np.log(excess[good] / mean[good] ** 2), error[good] / excess[good]
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c026c
 def prior_df(counts) -> float:
     """Degrees of freedom of the scatter of gene dispersions around their trend.
 
@@ -339,7 +339,7 @@ def prior_df(counts) -> float:
     least, most = special.polygamma(1, 5_000.0), special.polygamma(1, 0.05)
     return float("inf") if scatter <= least else 2 * _trigamma_inverse(float(min(scatter, most)))
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c026e
 def trend_bcv(counts, df: float = np.inf) -> float:
     """phi of the trend phi + 1 / sqrt(mean) that fits the genes' dispersions best.
 
@@ -392,7 +392,7 @@ def fit_libraries(totals, *, seed: int = 0) -> tuple[str, float, float]:
         return "normal", float(totals.mean()), float(totals.std(ddof=1))
     return "lognormal", float(np.log(totals).mean()), float(np.log(totals).std())
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c028c
 def _fit_outliers(means: np.ndarray) -> tuple[float, float, float]:
     """Share of genes far above the median, and mean and sd of the log of their factor on it."""
     logs = np.log(means)
@@ -557,7 +557,7 @@ class SplatterBaseline(Baseline):
         one = rng.choice(len(genes.shares), empty.size, p=genes.shares)
         return cells + sp.csr_matrix((np.ones(empty.size, dtype=cells.dtype), (empty, one)), shape=cells.shape)
 
-
+# %% ../../nbs/20_baselines.splatter.ipynb #c036c
 class SplatterMatchedBaseline(SplatterBaseline):
     """Splat with the gene means and library sizes of the training cells instead of fresh draws; genes keep their identity.
 

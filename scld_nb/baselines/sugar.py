@@ -56,7 +56,7 @@ def kernel_bandwidth(distances: np.ndarray, rule: str = "std") -> float:
     scale = distances.max()
     return float(next((s for s in (sigma, np.median(distances)) if s > 1e-9 * scale and s > 0), 1.0))
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c010c
 def degree_sparsity(points: np.ndarray, *, bandwidth: str = "std", threshold: float = 1e-3) -> tuple[np.ndarray, np.ndarray, float]:
     """Degree and sparsity of every point.
 
@@ -120,7 +120,7 @@ def local_deviations(points: np.ndarray, k: int = 5) -> np.ndarray:
     neighbours = points[nearest]
     return (neighbours - neighbours.mean(axis=1, keepdims=True)) / np.sqrt(k - 1)
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c014c
 def local_covariance(points: np.ndarray, k: int = 5) -> np.ndarray:
     """Covariances (n, d, d) of the k nearest neighbours of every point, the point included."""
     deviations = local_deviations(points, k)
@@ -171,7 +171,7 @@ def generation_level(degree: np.ndarray, n: int, rng: np.random.Generator, *, eq
     owner = np.clip(np.searchsorted(edges, teeth, side="right") - 1, 0, lack.size - 1)
     return np.bincount(order[owner], minlength=lack.size)
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c019c
 def generate(points: np.ndarray, levels: np.ndarray, deviations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw ``levels[i]`` points from a normal around point i with its local covariance; (levels.sum(), d)."""
     source = np.repeat(np.arange(len(points)), levels)
@@ -208,7 +208,7 @@ class Diffusion:
         """The operator written out, (n_new, n_new); for small examples."""
         return self.apply(np.eye(self.to_old.shape[0]))
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c025c
 def _adaptive_kernel(distances: np.ndarray, k: int, truncate: bool) -> np.ndarray | sp.csr_matrix:
     """Gaussian similarities, the bandwidth of a row being its k-th smallest distance; of k nearest only if truncated."""
     k = min(k, distances.shape[1])
@@ -245,7 +245,7 @@ def diffusion(new: np.ndarray, points: np.ndarray, sparsity: np.ndarray, *, k: i
     to_old = _adaptive_kernel(distances.T, k, truncate).T
     return Diffusion(sp.csr_matrix(to_old) if truncate else to_old, _adaptive_kernel(distances, k, truncate), np.asarray(sparsity))
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c025e
 def rescale(new: np.ndarray, points: np.ndarray, *, quantile: float = 0.95) -> np.ndarray:
     """Stretch each coordinate of `new` around the mean of `points` until the quantile of absolute deviations is that of `points`."""
     centre = points.mean(axis=0)
@@ -283,7 +283,7 @@ def fit_sugar(points: np.ndarray, *, k: int = 5, bandwidth: str = "std") -> Suga
     degree, sparsity, sigma = degree_sparsity(points, bandwidth=bandwidth)
     return SugarFit(points, degree, sparsity, local_deviations(points, k), sigma, k)
 
-
+# %% ../../nbs/20_baselines.sugar.ipynb #c029c
 def sugar(points: np.ndarray | SugarFit, n: int, rng: np.random.Generator, *, k: int = 5, bandwidth: str = "std", equalize: bool = False,
           t: int = 1, truncate: bool = True) -> np.ndarray:
     """`n` new points that fill the thin places of a point cloud.
@@ -330,6 +330,42 @@ def sugar(points: np.ndarray | SugarFit, n: int, rng: np.random.Generator, *, k:
     for _ in range(t):
         new = operator.apply(new)
     return rescale(new, fit.points)
+
+# %% ../../nbs/20_baselines.sugar.ipynb #c033b
+class _Components:
+    """Training cells as principal components of expression at 20,000 per cell, and the way back to genes.
+
+    Parameters
+    ----------
+    counts
+        Counts of the training cells, (n, n_genes).
+    n_pcs
+        Components, fewer than cells and genes.
+    transform, seed
+        As in `SugarBaseline`, and of the eigensolver's start.
+    """
+
+    def __init__(self, counts: sp.csr_matrix, n_pcs: int, *, transform: str, seed: int):
+        n, n_genes = counts.shape
+        scaled = library_normalize(counts)
+        x = apply_transform(scaled, transform)
+        square = float((x.data.astype(np.float64) ** 2).sum()) / n
+        mean = np.bincount(x.indices, weights=x.data, minlength=n_genes) / n  # in float64, unlike scipy's mean of float32
+        if square - (mean**2).sum() <= 1e-9 * square:
+            raise InputError(f"all {n} cells have the same profile: sugar needs cells that differ")
+        pca = PCA(n_pcs, svd_solver="arpack", random_state=seed).fit(x)
+        self.transform, self.axes, self.mean = transform, pca.components_.astype(np.float64), np.asarray(pca.mean_, dtype=np.float64).ravel()
+        self.scores = np.asarray(x @ self.axes.T) - self.mean @ self.axes.T
+        profile = np.bincount(scaled.indices, weights=scaled.data, minlength=n_genes)
+        self.profile = TARGET_SUM * profile / profile.sum()
+
+    def to_genes(self, points: np.ndarray) -> sp.csr_matrix:
+        """Expression at 20,000 per cell from principal components."""
+        x = points @ self.axes + self.mean
+        x = np.expm1(np.clip(x, 0, np.log1p(TARGET_SUM))) if self.transform == "log1p" else np.clip(x, 0, TARGET_SUM)
+        total = x.sum(axis=1, keepdims=True)
+        x = np.where(total > 0, x * (TARGET_SUM / np.where(total > 0, total, 1.0)), self.profile)
+        return sp.csr_matrix(x.astype(np.float32))
 
 # %% ../../nbs/20_baselines.sugar.ipynb #c034
 class SugarBaseline(Baseline):
@@ -387,17 +423,7 @@ class SugarBaseline(Baseline):
         used, n_pcs = min(n, self.max_cells), min(self.n_pcs, n - 1, n_genes - 1)
         need = 8 * (5 * used**2 + used * self.k * n_pcs + 4 * n_pcs * (n + n_genes) + 3 * 1000 * n_genes) + 24 * counts.nnz
         require_memory(need, f"{self.name} on {used} cells x {used} cells", "lower max_cells")
-        scaled = library_normalize(counts)
-        x = apply_transform(scaled, self.transform)
-        square = float((x.data.astype(np.float64) ** 2).sum()) / n
-        mean = np.bincount(x.indices, weights=x.data, minlength=n_genes) / n  # in float64, unlike scipy's mean of float32
-        if square - (mean**2).sum() <= 1e-9 * square:
-            raise InputError(f"all {n} cells have the same profile: {self.name} needs cells that differ")
-        pca = PCA(n_pcs, svd_solver="arpack", random_state=counter_seed(self.seed, self.name, "pca") % 2**32).fit(x)
-        self._axes, self._mean = pca.components_.astype(np.float64), np.asarray(pca.mean_, dtype=np.float64).ravel()
-        self._scores = np.asarray(x @ self._axes.T) - self._mean @ self._axes.T
-        profile = np.bincount(scaled.indices, weights=scaled.data, minlength=n_genes)
-        self._profile = TARGET_SUM * profile / profile.sum()
+        self._cells = _Components(counts, n_pcs, transform=self.transform, seed=counter_seed(self.seed, self.name, "pca") % 2**32)
         self._fits: dict[int | None, SugarFit] = {}
         self._fit_of(None)
 
@@ -412,7 +438,7 @@ class SugarBaseline(Baseline):
                 who = "all" if code is None else f"label {self.labels[code]}"
                 rng = np.random.default_rng(counter_seed(self.seed, self.name, "cells", who))
                 rows = np.sort(rng.choice(rows, self.max_cells, replace=False))
-            self._fits[code] = fit_sugar(self._scores[rows], k=self.k, bandwidth=self.bandwidth)
+            self._fits[code] = fit_sugar(self._cells.scores[rows], k=self.k, bandwidth=self.bandwidth)
         return self._fits[code]
 
     def _draw(self, n: int, code: int | None, seed: int) -> sp.csr_matrix:
@@ -425,12 +451,4 @@ class SugarBaseline(Baseline):
             parts += [made[rng.permutation(len(made))[:keep]]]
             left -= keep
         points = np.vstack(parts)
-        return sp.vstack([self._to_genes(points[start:start + 1000]) for start in range(0, n, 1000)], format="csr")
-
-    def _to_genes(self, points: np.ndarray) -> sp.csr_matrix:
-        """Expression at 20,000 per cell from principal components."""
-        x = points @ self._axes + self._mean
-        x = np.expm1(np.clip(x, 0, np.log1p(TARGET_SUM))) if self.transform == "log1p" else np.clip(x, 0, TARGET_SUM)
-        total = x.sum(axis=1, keepdims=True)
-        x = np.where(total > 0, x * (TARGET_SUM / np.where(total > 0, total, 1.0)), self._profile)
-        return sp.csr_matrix(x.astype(np.float32))
+        return sp.vstack([self._cells.to_genes(points[start:start + 1000]) for start in range(0, n, 1000)], format="csr")
