@@ -97,7 +97,7 @@ def plan(study: Study, *, tables: Iterable[str] = ("3", "4", "5"), figures: Iter
         If a method is unknown.
     """
     tables, figures = set(map(str, tables)), set(map(str, figures))
-    methods = default_methods() if methods is None else list(methods)
+    methods = default_methods() if methods is None else list(dict.fromkeys(methods))
     if unknown := [m for m in methods if m not in METHODS]:
         raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
     rows3 = methods if "3" in tables else []

@@ -29,6 +29,11 @@ def test_everything_is_to_do_at_first_and_nothing_at_last(tmp_path):
     assert again["runs to do"].to_dict() == {"judge table3": 8, "all": 8}
 
 
+def test_a_method_given_twice_is_work_once(tmp_path):
+    plan = pl.plan(make_study(tmp_path, budget=2), tables=["3"], figures=[], methods=["random", "random"])
+    assert plan.loc["judge table3", "runs to do"] == 2
+
+
 def test_seconds_are_steps_times_speed(tmp_path):
     rows = {"tables": ["3"], "figures": ["4"], "methods": ["scgan", "scld"], "speed": SPEED}
     steps = pl.plan(make_study(tmp_path, budget=10), **rows)
