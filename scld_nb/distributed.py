@@ -136,7 +136,7 @@ class Team:
             why = " ".join(str(error).split())[:160]
             raise TeamError(
                 f"process {self.rank} of {self.size} lost another one, or waited {wait_limit():g} s for it in vain ({why}); that one's "
-                "own message says more; start again with resume (--resume) to go on from the last checkpoint"
+                "own message says more; the same command again goes on from the last checkpoint, in Python train(..., resume=True)"
             ) from error
 
     def part(self, n_rows: int | None) -> Part | None:

@@ -478,7 +478,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_later(team, tmp_pa
         folder.mkdir()
         first, second = team(2, lambda folder=folder: _long(folder, steps=60, at=33, do=_die)).wait()
         assert second.status == -signal.SIGKILL and first.status == 1
-        assert "TeamError: process 0 of 2 lost another one" in first.said and "--resume" in first.said
+        assert "TeamError: process 0 of 2 lost another one" in first.said and "the same command again goes on" in first.said
         assert [f.name for f in folder.iterdir()] == ["c.safetensors"] and _step_in(folder) == 20
         again = lambda folder=folder: _long(folder, steps=60, resume=True)
         resumed = values(team(2, again).wait()) if n == 2 else [again()]
