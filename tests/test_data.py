@@ -30,7 +30,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_rand_score
 from tenx_server import Server, facts, names, planted, standins, surviving_shape, write_h5, write_mex
 
-from scld_nb import data
+from scld_nb import data, datasets
 from scld_nb.data import (
     DATASETS,
     TARGET_SUM,
@@ -119,7 +119,7 @@ def test_unknown_name_lists_the_known():
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(data, "DATASETS", dict(DATASETS))
+    monkeypatch.setattr(datasets, "DATASETS", dict(DATASETS))
     register(DatasetInfo("mine", url="http://127.0.0.1/x.h5", filename="x.h5"))
     assert dataset_info("mine").filename == "x.h5"
 
