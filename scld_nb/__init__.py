@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401
-        autoencoder, baselines, cli, counts, data, distributed, draws, evaluation, experiments, guidance, large, metrics,
-        model, plan, plots, report, sampling, schedules, scorer, suite, training, unet,
+        autoencoder, baselines, cells, cli, counts, data, datasets, distributed, draws, evaluation, experiments, guidance,
+        large, metrics, model, plan, plots, report, sampling, schedules, scorer, suite, training, unet,
     )
-    from .data import InputError
+    from .cells import InputError
     from .evaluation import Report, evaluate
     from .model import SCLD, Config
     from .plots import save_report
@@ -27,7 +27,7 @@ __all__ = ["SCLD", "Config", "InputError", "Report", "evaluate", "save_report", 
 _HOME = {
     "SCLD": "model",
     "Config": "model",
-    "InputError": "data",
+    "InputError": "cells",
     "Report": "evaluation",
     "evaluate": "evaluation",
     "save_report": "plots",
