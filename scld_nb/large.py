@@ -303,7 +303,7 @@ class DiskReader(CellReader):
     Raises
     ------
     InputError
-        As `scld_nb.data.counts_matrix`: NaN, negative, log-like or fractional values, cells without counts.
+        As `scld_nb.cells.counts_matrix`: NaN, negative, log-like or fractional values, cells without counts.
     """
 
     def __init__(self, counts: DiskCounts, *, groups: np.ndarray | None = None, n_groups: int = 0, names=str,
