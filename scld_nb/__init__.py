@@ -13,12 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401
-        autoencoder, baselines, cells, cli, counts, data, datasets, distributed, draws, evaluation, experiments, guidance,
-        large, metrics, model, plan, plots, report, sampling, schedules, scorer, suite, training, unet,
+        autoencoder, baselines, cells, cli, config, counts, data, datasets, distributed, draws, evaluation, experiments,
+        guidance, large, metrics, model, plan, plots, report, sampling, schedules, scorer, suite, training, unet,
     )
     from .cells import InputError
+    from .config import Config
     from .evaluation import Report, evaluate
-    from .model import SCLD, Config
+    from .model import SCLD
     from .plots import save_report
     from .report import write_html
 
@@ -26,7 +27,7 @@ __all__ = ["SCLD", "Config", "InputError", "Report", "evaluate", "save_report", 
 
 _HOME = {
     "SCLD": "model",
-    "Config": "model",
+    "Config": "config",
     "InputError": "cells",
     "Report": "evaluation",
     "evaluate": "evaluation",

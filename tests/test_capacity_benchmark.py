@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import benchmark_script, planted_cells
 
-from scld_nb import counts, model
+from scld_nb import config, counts
 from scld_nb.data import InputError
 from scld_nb.model import MANY, SCLD, for_many_cells, make_config
 
@@ -37,14 +37,14 @@ def test_whole_run_and_reuse(tmp_path, monkeypatch, capsys):
 
 def test_many_cells_get_a_larger_decoder_unless_another_is_asked_for(monkeypatch):
     cells = planted_cells(60)
-    monkeypatch.setattr(model, "MANY_CELLS", 50)
+    monkeypatch.setattr(config, "MANY_CELLS", 50)
     large = SCLD(cells, "cell_type")
     ends = large.autoencoder.map
     assert {name: getattr(large.config, name) for name in MANY} == MANY
     assert (ends.mean.in_features, ends.low["r"][0].out_features, ends.low["zero"][0].out_features) == (256, 32, 32)
     asked = SCLD(cells, "cell_type", decoder_rank=4).config
     assert (asked.decoder_width, asked.decoder_rank) == (256, 4)
-    monkeypatch.setattr(model, "MANY_CELLS", 60)
+    monkeypatch.setattr(config, "MANY_CELLS", 60)
     assert SCLD(cells, "cell_type").config == make_config()
     assert SCLD(cells, "cell_type").autoencoder.map.mean.in_features == 128
     assert for_many_cells(make_config(head="mse"), 10**6) == make_config(head="mse")
@@ -54,7 +54,7 @@ def test_many_cells_get_a_larger_decoder_unless_another_is_asked_for(monkeypatch
 
 
 def test_a_model_of_many_cells_is_saved_and_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "MANY_CELLS", 50)
+    monkeypatch.setattr(config, "MANY_CELLS", 50)
     large = SCLD(planted_cells(60), "cell_type").train(2, ae_steps=2, scorer=False, progress=False)
     large.save(tmp_path / "model")
     again = SCLD.load(tmp_path / "model")

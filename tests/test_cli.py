@@ -23,8 +23,8 @@ from conftest import planted_cells
 from safetensors.torch import load_file
 
 from scld_nb import cli, data, evaluation, large, training
+from scld_nb import config as config_module
 from scld_nb import files as scld_files
-from scld_nb import model as model_module
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
 from scld_nb.data import InputError
 from scld_nb.files import HOST, alone_in
@@ -181,7 +181,7 @@ def test_settings_as_words():
     assert parse_setting("standardize=none") == ("standardize", "none")
     assert parse_setting("pre_guidance=False") == ("pre_guidance", False)
     values = {"int": "3", "float": "0.25", "str": "word", "bool": "true", "tuple": "3"}
-    for field in model_module.fields(model_module.Config):  # every field can be said in words
+    for field in config_module.fields(config_module.Config):  # every field can be said in words
         kind = str(getattr(field.type, "__name__", field.type)).split("[")[0].split(" ")[0]
         name, value = parse_setting(f"{field.name}={values[kind]}")
         assert name == field.name and value is not None
@@ -860,7 +860,7 @@ def test_hint_in_another_thread():
 
 KILL = """
 import os, signal, sys
-import scld_nb.model as model, scld_nb.training as training
+import scld_nb.config as config, scld_nb.training as training
 from scld_nb.cli import main
 moment = sys.argv[1]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -877,8 +877,8 @@ if moment.startswith("step"):
 elif moment == "half a checkpoint":
     os.replace = lambda *a: die()
 elif moment == "half a model":
-    original = model._replace
-    model._replace = lambda path, put: die() if path.name == "labels.json" else original(path, put)
+    original = config._replace
+    config._replace = lambda path, put: die() if path.name == "labels.json" else original(path, put)
 main(sys.argv[2:])
 sys.exit("survived")
 """

@@ -145,9 +145,9 @@ def test_every_public_name_has_its_place(site, pages, build):
         public = importlib.import_module(name).__all__
         assert public and not {f"{name}.{n}" for n in public} - ids, name
     # methods that a class has from a hidden parent, parameters and links between modules
-    model = pages[folder / "api" / "scld_nb.model.html"]
+    model, config = (pages[folder / "api" / f"scld_nb.{name}.html"] for name in ("model", "config"))
     assert {f"scld_nb.model.SCLD.{n}" for n in ("train", "sample", "save", "load")} <= model.ids
-    assert "<strong>labels_key</strong>" in model.text and "scld_nb.counts.html#scld_nb.counts.CountAutoencoder" in model.links
+    assert "<strong>labels_key</strong>" in model.text and "scld_nb.counts.html#scld_nb.counts.CountAutoencoder" in config.links
     assert "--omega" in (folder / "api" / "command_line.html").read_text(encoding="utf-8")
 
 

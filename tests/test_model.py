@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import scld_nb
+from scld_nb import config as config_module
 from scld_nb import model as model_module
 from scld_nb.data import InputError, file_sha256
 from scld_nb.model import (
@@ -485,7 +486,7 @@ def test_two_that_save_into_one_folder_do_not_pass_for_one(cells, tiny, tiny_mod
     """The other one saves all of its model before this one's last file: checksums are of what was meant, not of what is there."""
     other = SCLD(cells, "cell_type", device="cpu", seed=77, **tiny)
     other.train(2, ae_steps=2, progress=False)
-    original, calls = model_module._replace, []
+    original, calls = config_module._replace, []
 
     def replace(path, put):
         original(path, put)
@@ -493,7 +494,7 @@ def test_two_that_save_into_one_folder_do_not_pass_for_one(cells, tiny, tiny_mod
         if len(calls) == 3:
             other.save(tmp_path)
 
-    monkeypatch.setattr(model_module, "_replace", replace)
+    monkeypatch.setattr(config_module, "_replace", replace)
     tiny_model.save(tmp_path)
     assert calls[-1] == "config.json" and len(calls) == 8
     with pytest.raises(InputError, match="weights.safetensors does not match"):
@@ -932,14 +933,14 @@ def test_an_interrupted_save_is_recognised(tiny_model, saved, cells, tiny, monke
     other = SCLD(cells, "cell_type", device="cpu", seed=9, **tiny).train(
         3, autoencoder=tiny_model, scorer=False, progress=False
     )
-    original = model_module._replace
+    original = config_module._replace
 
     def cut_off(path, put):
         if path.name == "genes.txt":
             raise OSError(28, "No space left on device")
         original(path, put)
 
-    monkeypatch.setattr(model_module, "_replace", cut_off)
+    monkeypatch.setattr(config_module, "_replace", cut_off)
     with pytest.raises(OSError, match="No space left"):
         other.save(saved)
     assert "half-written" in refused(saved)
