@@ -454,7 +454,7 @@ class DiskCells:
             raise self.counts._damaged(f"uns cannot be read ({_one_line(error)})") from None
 
     def labelled(self, key: str | None) -> SimpleNamespace:
-        """What `scld_nb.model.read_labels` looks at: ``obs`` with one column, and ``n_obs``."""
+        """What `scld_nb.config.read_labels` looks at: ``obs`` with one column, and ``n_obs``."""
         return SimpleNamespace(obs=self.obs(*([] if key is None else [key])), n_obs=self.n_obs)
 
     def names(self, rows: np.ndarray) -> list[str]:
