@@ -12,6 +12,7 @@ import torch
 from conftest import planted_cells
 
 from scld_nb import experiments as ex
+from scld_nb import study as st
 from scld_nb import training
 from scld_nb.baselines.random import RandomBaseline
 from scld_nb.data import InputError
@@ -195,7 +196,7 @@ def test_a_competitor_that_cannot_run_is_marked_and_tried_again(tmp_path, monkey
     def refuse(*args, **options):
         raise InputError("class 'x' has one cell")
 
-    monkeypatch.setattr(ex, "compete", refuse)
+    monkeypatch.setattr(st, "compete", refuse)
     lines = ex.table3(study, methods=["positive", "scgan"])
     failed = lines[lines["method"] == "scgan"]
     assert failed["value"].isna().all() and set(failed["failed"]) == {"class 'x' has one cell"}
@@ -245,7 +246,7 @@ def test_the_count_head_takes_more_steps_for_many_cells(tmp_path, monkeypatch):
     planted_cells(120).write_h5ad(tmp_path / "own.h5ad")
     steps = {n: ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path, steps=n).budget.count_steps for n in (None, 50)}
     assert steps == {None: 6000, 50: 50}
-    monkeypatch.setattr(ex, "count_denoiser_steps", lambda n_cells: 6000 + n_cells)
+    monkeypatch.setattr(st, "count_denoiser_steps", lambda n_cells: 6000 + n_cells)
     study = ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path)
     assert study.budget.count_steps == 6000 + study.train.n_obs == study.settings("scld_counts")["count_steps"]
     assert ex.Study(str(tmp_path / "own.h5ad"), labels="cell_type", root=tmp_path, steps=6010).budget.count_steps == 6010
@@ -269,7 +270,7 @@ def test_budgets_are_read_and_kept_apart(tmp_path):
 
 def test_equal_means_as_long_as_scld(study, tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(ex, "compete", lambda name, *args, **options: asked.update({name: options}))
+    monkeypatch.setattr(st, "compete", lambda name, *args, **options: asked.update({name: options}))
     other = make_study(tmp_path, budget="equal")
     other._models = study._models
     for name in ("scgan", "sugar"):

@@ -25,8 +25,8 @@ MARKS = {
     "train": [("scld_nb.model:train_autoencoder", "autoencoder"), ("scld_nb.model:train_denoiser", "denoiser"), ("scld_nb.model:_Learns._train_scorer", "scorer"),
               ("scld_nb.cli:write_cells", "writing"), ("scld_nb.model:write_folder", "writing"), ("scld_nb.cli:drop_checkpoints", "tidying")],
     "sample": [("scld_nb.model:_Draws._generate", "drawing"), ("scld_nb.cli:write_cells", "writing"), ("scld_nb.large:CellWriter.append", "writing")],
-    "reproduce": [("scld_nb.experiments:trained_model", "models"), ("scld_nb.experiments:compete", "competitors"), ("scld_nb.experiments:Study.judge", "judging"),
-                  ("scld_nb.experiments:Study.save_table", "tables"), ("scld_nb.experiments:Study.save_figure", "figures"), ("scld_nb.experiments:figure5", "figure5")],
+    "reproduce": [("scld_nb.study:trained_model", "models"), ("scld_nb.study:compete", "competitors"), ("scld_nb.study:Study.judge", "judging"),
+                  ("scld_nb.study:Study.save_table", "tables"), ("scld_nb.study:Study.save_figure", "figures"), ("scld_nb.experiments:figure5", "figure5")],
 }  # fmt: skip
 TIMES = {"seconds", "train_seconds", "sample_seconds_per_1000", "scorer_seconds", "peak_memory_gib"}     # what differs from run to run
 

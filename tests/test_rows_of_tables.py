@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from conftest import planted_cells
 
 from scld_nb import experiments as ex
+from scld_nb import study as st
 from scld_nb.data import InputError
 
 
@@ -66,14 +67,14 @@ def test_figure_5_asks_for_one_label_at_each_omega(asked):
 
 def test_genes_of_the_gene_space_are_chosen_on_training_cells(asked, monkeypatch):
     study, seen = asked[0], []
-    monkeypatch.setattr(ex, "variable_genes_of", lambda x, n: seen.append((x.shape[0], n)) or np.arange(3))
+    monkeypatch.setattr(st, "variable_genes_of", lambda x, n: seen.append((x.shape[0], n)) or np.arange(3))
     _ = study._judge.columns
     assert seen == [(study.train.n_obs, 1000)]
 
 
 def test_a_reconstruction_is_judged_as_a_twin(tmp_path, monkeypatch):
     study, seen = ex.Study(seeds=(0,), root=tmp_path, device="cpu", progress=False, n_trees=4), {}
-    monkeypatch.setattr(ex, "evaluate", lambda *a, paired, method, **o: seen.update({method: paired}) or SimpleNamespace(records=[]))
+    monkeypatch.setattr(st, "evaluate", lambda *a, paired, method, **o: seen.update({method: paired}) or SimpleNamespace(records=[]))
     monkeypatch.setattr(study._judge, "controls", lambda seed: {})
     monkeypatch.setattr(study._judge, "gene_control", lambda seed: 0.5)
     monkeypatch.setattr(study._judge, "gene_space", lambda cells, seed, *, paired: seen.update(genes=paired) or 0.5)
@@ -94,7 +95,7 @@ def test_a_model_is_found_only_for_the_same_training(tmp_path):
     def found(*, seed=0, fingerprint="f", scorer=False, budget_s=None, steps=(5, 5), clock=None, kept=None):
         history = {"denoiser": {"steps": 5, "budget_s": clock}, "autoencoder": {"steps": 5}} | (kept or {})
         ex.write_json(tmp_path / "config.json", {"fingerprint": "f", "seed": 0, "history": history})
-        return ex._is_trained(tmp_path, SimpleNamespace(fingerprint=fingerprint, seed=seed), steps, scorer, budget_s)
+        return st._is_trained(tmp_path, SimpleNamespace(fingerprint=fingerprint, seed=seed), steps, scorer, budget_s)
 
     assert found() and not found(seed=1) and not found(fingerprint="g") and not found(steps=(5, 6)) and not found(steps=(6, 5))
     assert not found(scorer=True) and found(scorer=True, kept={"scorer": {}})
