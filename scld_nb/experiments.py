@@ -368,7 +368,10 @@ def table5(study: Study, *, methods: Iterable[str] = tuple(TABLE5_METHODS)) -> p
     methods
         Any of `TABLE5_METHODS`.
     """
-    methods, clusters = list(dict.fromkeys(methods)), study.clusters()
+    methods = list(dict.fromkeys(methods))
+    if unknown := [m for m in methods if m not in TABLE5_METHODS]:
+        raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(TABLE5_METHODS)}")
+    clusters = study.clusters()
     if not clusters:
         raise InputError("Table 5: none of the clusters 1, 2, 3 and 6 has 10 test cells here; leave it out with tables (-p tables 2,3,4)")
     keep, drawn = make_config(**({"head": "mse"} | study.options)).keep, {}

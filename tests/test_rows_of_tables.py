@@ -59,6 +59,14 @@ def test_tables_4_and_5_draw_holistic_cells_and_cells_of_a_label(asked):
     assert all(a[1] == 0 < b[1] for a, b in zip(plain, best))                          # the row with the Scorer has lost its worst
 
 
+def test_table_5_refuses_a_method_it_does_not_have(asked):
+    study, calls, judged = asked
+    for name in ("scld_bth", "scld", "scgan"):
+        with pytest.raises(InputError, match=f"^unknown method '{name}'; known: cscgan, .*, scld_pre, scld_both$"):
+            ex.table5(study, methods=["scld_pre", name])
+    assert not calls and not judged
+
+
 def test_figure_5_asks_for_one_label_at_each_omega(asked):
     study, calls, _ = asked
     ex.figure5(study)
