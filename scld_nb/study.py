@@ -458,7 +458,7 @@ class Study:
     root
         Folder that gets ``results/`` and ``runs/``; default: the project's.
     **options
-        Settings of the model, see `scld_nb.model.Config`.
+        Settings of the model, see `scld_nb.config.Config`.
     """
 
     def __init__(self, dataset: str = "pbmc68k_reduced", *, labels: str | None = None, layer: str | None = None, seeds: Iterable[int] = (0, 1, 2),
