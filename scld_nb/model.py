@@ -52,21 +52,23 @@ from .distributed import placed, this_team
 from .gpu import rows_at_once, sparse_rows
 from .guidance import Denoiser, check_omega, cluster_means
 from .large import CellWriter, DiskCells, DiskReader, open_cells
-from .sampling import SAMPLERS, default_steps, guided_sampler, sample_latents
-from .schedules import linear_schedule
-from .scorer import Scorer, bounded_queue, keep_by_odds, keep_top, n_to_generate, train_scorer
-from scld_nb.training import (
+from scld_nb.running import (
     BLOCK,
     BUFFER,
     BUFFER_BYTES,
-    FitResult,
-    checkpoint_facts,
     counter_seed,
     kept_generators,
     progress_bar,
     reduced_precision,
     resolve_device,
     seed_generators,
+)
+from .sampling import SAMPLERS, default_steps, guided_sampler, sample_latents
+from .schedules import linear_schedule
+from .scorer import Scorer, bounded_queue, keep_by_odds, keep_top, n_to_generate, train_scorer
+from scld_nb.training import (
+    FitResult,
+    checkpoint_facts,
     train_autoencoder,
     train_denoiser,
 )

@@ -22,7 +22,7 @@ import torch
 from conftest import planted_cells
 from safetensors.torch import load_file
 
-from scld_nb import cli, data, evaluation, large, training
+from scld_nb import cli, data, evaluation, large, running, training
 from scld_nb import config as config_module
 from scld_nb import files as scld_files
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
@@ -824,7 +824,7 @@ def test_a_signal_outside_the_loop(files, tmp_path, monkeypatch, capsys, number,
 
 
 def test_ctrl_c_in_the_first_stage_ends_the_command(files, tmp_path, monkeypatch, uninterrupted):
-    calls, original = [], training.batch_rows
+    calls, original = [], running.batch_rows
 
     def interrupted(*args, stage, **kwargs):
         calls.append(stage)
@@ -832,7 +832,7 @@ def test_ctrl_c_in_the_first_stage_ends_the_command(files, tmp_path, monkeypatch
             signal.raise_signal(signal.SIGINT)
         return original(*args, stage=stage, **kwargs)
 
-    monkeypatch.setattr(training, "batch_rows", interrupted)
+    monkeypatch.setattr(running, "batch_rows", interrupted)
     line = f"train {files}/cells.h5ad -o {tmp_path}/m {TRAIN}"
     assert call(line) == 130 and set(calls) == {"autoencoder"}
     monkeypatch.undo()
@@ -860,7 +860,7 @@ def test_hint_in_another_thread():
 
 KILL = """
 import os, signal, sys
-import scld_nb.config as config, scld_nb.training as training
+import scld_nb.config as config, scld_nb.running as running, scld_nb.training as training
 from scld_nb.cli import main
 moment = sys.argv[1]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -870,7 +870,7 @@ def at_step(stage, at):
         if (stage, step) == (wanted, at):
             die()
         return original(n, size, step, seed=seed, stage=stage)
-    wanted, training.batch_rows = stage, rows
+    wanted, running.batch_rows, training.batch_rows = stage, rows, rows
 if moment.startswith("step"):
     _, stage, at = moment.split()
     at_step(stage, int(at))

@@ -21,7 +21,7 @@ from conftest import planted_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scld_nb import large, training
+from scld_nb import large, running, training
 from scld_nb.autoencoder import Autoencoder, fit_latent_statistics, fit_latent_statistics_on_disk
 from scld_nb.cli import main
 from scld_nb.counts import CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
@@ -77,8 +77,8 @@ def file(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 cells, two in a buffer: a tiny set has many of them."""
-    monkeypatch.setattr(training, "BLOCK", 16)
-    monkeypatch.setattr(training, "BUFFER", 2)
+    monkeypatch.setattr(running, "BLOCK", 16)
+    monkeypatch.setattr(running, "BUFFER", 2)
 
 
 # ---- reading
@@ -432,12 +432,12 @@ def test_blocks_stay_together_within_a_buffer_only():
 def test_a_buffer_is_bounded_in_bytes():
     reader = Counting(10_000)
     reader.counts = sp.csr_matrix(np.ones((10_000, 3)))
-    per_block = 8 * training.BLOCK * 3
-    with patch.object(training, "BUFFER_BYTES", 5 * per_block):
+    per_block = 8 * running.BLOCK * 3
+    with patch.object(running, "BUFFER_BYTES", 5 * per_block):
         assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == 5
-    with patch.object(training, "BUFFER_BYTES", 1):
+    with patch.object(running, "BUFFER_BYTES", 1):
         assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == 1
-    assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == training.BUFFER
+    assert BlockShuffle(reader, 8, seed=0, stage="a", ahead=False).order.buffer == running.BUFFER
 
 
 def test_errors_of_the_thread_are_raised():

@@ -360,7 +360,7 @@ def test_ctrl_c_keeps_what_is_trained(cells, tiny, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_ctrl_c_can_end_the_training(cells, tiny, monkeypatch, tmp_path, stage):
-    from scld_nb import training
+    from scld_nb import running, training
 
     original = training.batch_rows
 
@@ -370,7 +370,8 @@ def test_ctrl_c_can_end_the_training(cells, tiny, monkeypatch, tmp_path, stage):
         return original(n, size, step, seed=seed, stage=stage)
 
     wanted = stage
-    monkeypatch.setattr(training, "batch_rows", interrupted)
+    for module in (running, training):                             # where each stage looks it up
+        monkeypatch.setattr(module, "batch_rows", interrupted)
     model = SCLD(cells, "cell_type", device="cpu", **tiny)
     with pytest.raises(KeyboardInterrupt, match=f"{stage} was interrupted at step 5"):
         model.train(20, checkpoint_dir=tmp_path, keep_partial=False, progress=False)
@@ -379,7 +380,7 @@ def test_ctrl_c_can_end_the_training(cells, tiny, monkeypatch, tmp_path, stage):
 
 def test_resume_equals_an_uninterrupted_run(cells, tiny, tmp_path, monkeypatch):
     """Broken off in either stage, behind a checkpoint and some steps more; tests of the command line use SIGKILL."""
-    from scld_nb import training
+    from scld_nb import running, training
 
     def broken_off(stage, at):
         original = training.batch_rows
@@ -390,7 +391,8 @@ def test_resume_equals_an_uninterrupted_run(cells, tiny, tmp_path, monkeypatch):
             return original(n, size, step, seed=seed, stage=stage)
 
         target = stage
-        monkeypatch.setattr(training, "batch_rows", rows)
+        for module in (running, training):
+            monkeypatch.setattr(module, "batch_rows", rows)
         with pytest.raises(ConnectionError):
             SCLD(cells, "cell_type", device="cpu", **tiny).train(
                 30, ae_steps=40, checkpoint_dir=tmp_path, checkpoint_every=10, resume=True, progress=False

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from scld_nb import training
+from scld_nb import running, training
 from scld_nb.autoencoder import Autoencoder
 from scld_nb.data import CellReader, InputError
 from scld_nb.guidance import Denoiser
@@ -196,7 +196,7 @@ def test_progress_bars_show_only_where_somebody_looks(monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     for tty in (False, True):
         monkeypatch.setattr(sys, "stderr", Terminal(tty))
-        assert isinstance(progress_bar(3, "demo"), training._Lines) is not tty and not progress_bar(3, "demo").disable
+        assert isinstance(progress_bar(3, "demo"), running._Lines) is not tty and not progress_bar(3, "demo").disable
         assert progress_bar(3, "demo", show=False).disable
         assert not progress_bar(3, "demo", show=True).disable
     with progress_bar(3, "demo") as bar:
@@ -480,7 +480,7 @@ import torch
 from safetensors.torch import save_file
 sys.path.insert(0, os.path.dirname({here!r}))
 import test_training as t
-from scld_nb import training
+from scld_nb import running, training
 torch.set_num_threads(1)
 kind, path = sys.argv[1], t.Path(sys.argv[2])
 
@@ -939,7 +939,7 @@ def test_a_log_file_gets_lines_and_no_bar(monkeypatch):
     with progress_bar(2_000, "denoiser") as bar:                # over before there was anything to tell
         bar.update(1_000)
     assert sys.stderr.text == ""
-    monkeypatch.setattr(training, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(running, "LINE_EVERY_S", 0.0)
     with progress_bar(2_000, "denoiser") as bar:
         bar.update(1_500)
     first, last = sys.stderr.text.splitlines()
