@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from test_evaluation import QUICK, cells, synthetic
 
-from scld_nb import evaluation
+from scld_nb import controls, evaluation
 from scld_nb.evaluation import _library, _null_sd, evaluate, expression
 from scld_nb.metrics import auc_null_sd, mmd_bandwidth
 
@@ -31,8 +31,8 @@ def test_chance_of_each_area():
 
 def test_controls_of_copying_are_real_cells_that_are_not_among_the_heldout_ones(groups, monkeypatch):
     real, fake, train = groups
-    seen, original = [], evaluation.memorisation
-    monkeypatch.setattr(evaluation, "memorisation", lambda f, t, h, **o: seen.append((f, t, h)) or original(f, t, h, **o))
+    seen, original = [], controls.memorisation
+    monkeypatch.setattr(controls, "memorisation", lambda f, t, h, **o: seen.append((f, t, h)) or original(f, t, h, **o))
     evaluate(real, synthetic(fake), train=train, **OPTIONS)
     positive, negative, _ = seen
     mine = rows_of(expression(real))
@@ -62,16 +62,16 @@ def test_the_bandwidth_is_that_of_all_real_cells(groups):
 
 def test_the_shuffled_cells_are_those_of_the_control(groups, monkeypatch):
     real, fake, train = groups
-    seen, original = [], evaluation.permute_genes
-    monkeypatch.setattr(evaluation, "permute_genes", lambda x, **o: seen.append(rows_of(x)) or original(x, **o))
+    seen, original = [], controls.permute_genes
+    monkeypatch.setattr(controls, "permute_genes", lambda x, **o: seen.append(rows_of(x)) or original(x, **o))
     evaluate(real, synthetic(fake), train=train, spaces=["log1p"], **QUICK)
     assert seen[0] <= rows_of(expression(train, "counts20k"))
 
 
 def test_shuffled_cells_of_the_copying_measures_are_no_training_cells(groups, monkeypatch):
     real, fake, train = groups
-    seen, original = [], evaluation.memorisation
-    monkeypatch.setattr(evaluation, "memorisation", lambda f, t, h, **o: seen.append(rows_of(f)) or original(f, t, h, **o))
+    seen, original = [], controls.memorisation
+    monkeypatch.setattr(controls, "memorisation", lambda f, t, h, **o: seen.append(rows_of(f)) or original(f, t, h, **o))
     evaluate(real, synthetic(fake), train=train, **OPTIONS)
     assert not seen[1] & rows_of(expression(train))
 

@@ -740,7 +740,8 @@ def test_numbers_of_numpy_are_numbers(groups, tmp_path):
 def test_controls_of_other_genes_are_not_reused_by_the_suite(groups, monkeypatch):
     real, fake, train = groups
     first = evaluate(real, synthetic(fake), train=train, suite=True, **LITTLE)
-    monkeypatch.setattr("scld_nb.evaluation.compare", lambda *a, **k: pytest.fail("refused too late"))
+    for module in ("controls", "evaluation"):
+        monkeypatch.setattr(f"scld_nb.{module}.compare", lambda *a, **k: pytest.fail("refused too late"))
     with pytest.raises(InputError, match="controls were made with training cells: give train too"):
         evaluate(real, synthetic(fake), controls=first.controls, suite=True, **LITTLE)
 
