@@ -145,6 +145,15 @@ def _variant(method: str) -> str:
     """Which model draws the cells of a row."""
     return "counts" if method in COUNTED else "none" if method in ("scld", "scld_post") else "add"
 
+# %% ../nbs/30_experiments.ipynb #c035e2
+def _known(methods: Iterable[str], there: Iterable[str]) -> list[str]:
+    """The methods asked for, each once, if all of them are there."""
+    methods, there = list(dict.fromkeys(methods)), list(there)
+    for name in methods:
+        if name not in there:
+            raise InputError(f"unknown method {name!r}; known: {', '.join(there)}")
+    return methods
+
 # %% ../nbs/30_experiments.ipynb #c035g
 def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFrame:
     """Run (or reuse) the rows of Table 3 for every seed and return one line per record.
@@ -160,10 +169,7 @@ def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFram
     One line per method, seed, space and metric. A competitor that cannot run on the data has lines without a value and the reason
     in the column ``failed``; ``cut`` says how much of a published training was done.
     """
-    methods = default_methods() if methods is None else list(dict.fromkeys(methods))
-    for name in methods:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    methods = default_methods() if methods is None else _known(methods, METHODS)
     of_scld = _CellsOfRows(study)
 
     def make(method: str, seed: int) -> dict:
@@ -368,9 +374,7 @@ def table5(study: Study, *, methods: Iterable[str] = tuple(TABLE5_METHODS)) -> p
     methods
         Any of `TABLE5_METHODS`.
     """
-    methods = list(dict.fromkeys(methods))
-    if unknown := [m for m in methods if m not in TABLE5_METHODS]:
-        raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(TABLE5_METHODS)}")
+    methods = _known(methods, TABLE5_METHODS)
     clusters = study.clusters()
     if not clusters:
         raise InputError("Table 5: none of the clusters 1, 2, 3 and 6 has 10 test cells here; leave it out with tables (-p tables 2,3,4)")
@@ -435,6 +439,8 @@ def figure4(study: Study, *, methods: Iterable[str] = tuple(FIGURE4_METHODS)) ->
     methods
         Any of `FIGURE4_METHODS`; SCLD is Round/Map and denoiser together, 20,000 steps each.
     """
+    methods = _known(methods, FIGURE4_METHODS)
+
     def make(method: str, seed: int) -> dict:
         if method == "scld":
             model = study.model("add", seed)

@@ -67,6 +67,13 @@ def test_table_5_refuses_a_method_it_does_not_have(asked):
     assert not calls and not judged
 
 
+def test_figure_4_refuses_a_method_it_does_not_have(asked):
+    study, calls, _ = asked
+    with pytest.raises(InputError, match="^unknown method 'scld_both'; known: .*scld.*$"):
+        ex.figure4(study, methods=["scld", "scld_both"])
+    assert not calls
+
+
 def test_figure_5_asks_for_one_label_at_each_omega(asked):
     study, calls, _ = asked
     ex.figure5(study)
