@@ -42,7 +42,8 @@ class DatasetInfo:
     name, tissue
         Name used on the command line; tissue as in the paper's Table 2.
     kind
-        "10x_mex" (tar.gz with matrix.mtx, genes.tsv, barcodes.tsv), "10x_h5" (Cell Ranger 1 HDF5) or "bundled".
+        "10x_mex" (tar.gz with matrix.mtx, genes.tsv, barcodes.tsv), "10x_h5" (Cell Ranger 1 HDF5), "bundled", or "h5ad" for a
+        user's cells.
     url, filename
         Address, and the name of the file in `data_dir()`.
     md5, sha256
@@ -56,7 +57,7 @@ class DatasetInfo:
     licence, citation, labels_key
         Terms of use, what to cite, and the `obs` column that holds the clusters.
     origin
-        "published", or "stand-in" when `SCLD_DATASETS` replaced a field.
+        "published", "stand-in" when `SCLD_DATASETS` replaced a field, or the user's file or AnnData.
     """
 
     name: str

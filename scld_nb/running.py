@@ -189,7 +189,7 @@ def counter_seed(seed: int, *counters: int | str) -> int:
     Raises
     ------
     InputError
-        If a number is negative.
+        If the seed is negative.
     """
     if seed < 0:
         raise InputError(f"a seed must be 0 or greater, got {seed}")

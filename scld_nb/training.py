@@ -487,14 +487,14 @@ def fit(model: nn.Module, loss_of: Callable[..., torch.Tensor], *, steps: int, s
 # %% ../nbs/05_training.ipynb #c056
 def train_autoencoder(autoencoder: Autoencoder | CountAutoencoder, reader: CellReader, *, steps: int = 20_000, batch_size: int = 128,
                       seed: int = 0, device: torch.device, **options) -> FitResult:
-    """Fit Round and Map to the training cells by mean squared error.
+    """Fit Round and Map to the training cells by the autoencoder's own loss: mean squared error, or the likelihood of counts.
 
     Parameters
     ----------
     autoencoder
         Changed in place, already on ``device``.
     reader
-        Training cells in model space.
+        Training cells in model space, or as raw counts for a `CountAutoencoder`.
     steps, batch_size, seed, device, **options
         See `fit` and `batch_rows`.
 
