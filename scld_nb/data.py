@@ -290,8 +290,12 @@ def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     if missing := int(column.isna().sum()):
         raise InputError(f"obs[{key!r}] has {missing} cells without a label; remove them or fill the label in")
     _check_few(column, key)
-    names = column.cat.remove_unused_categories().cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else sorted(
-        column.unique(), key=lambda name: (not str(name).isdecimal(), int(name) if str(name).isdecimal() else 0, str(name)))
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = column.cat.remove_unused_categories().cat.categories
+    elif pd.api.types.is_numeric_dtype(column):
+        names = sorted(column.unique())
+    else:
+        names = sorted(column.unique(), key=lambda name: (not str(name).isdecimal(), int(name) if str(name).isdecimal() else 0, str(name)))
     return pd.Categorical(column.astype(str), categories=list(dict.fromkeys(map(str, names))))
 
 # %% ../nbs/00_data.ipynb #c058e

@@ -133,12 +133,15 @@ def alone_in(folder: str | Path, meanwhile: Callable[[], object] | None = None) 
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):                                # a file system without locks
-            if _taken(handle):
-                print(f"waiting for another process that works in {folder.name}", file=sys.stderr)
-                while meanwhile and _taken(handle):
-                    meanwhile()
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            waits = _taken(handle)
+        except OSError:                                        # a file system without locks
+            waits = False
+        if waits:
+            print(f"waiting for another process that works in {folder.name}", file=sys.stderr)
+            while meanwhile and _taken(handle):
+                meanwhile()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

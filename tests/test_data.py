@@ -1219,6 +1219,14 @@ def test_a_damaged_matrix_in_memory_is_refused_before_it_reaches_compiled_code()
         counts_matrix(adata)
 
 
+@pytest.mark.parametrize(("values", "names"), [
+    ([10.0, 9.0, 1.0], ["1.0", "9.0", "10.0"]), ([-2, 10, -1], ["-2", "-1", "10"]), (["10", "9", "b", "1"], ["1", "9", "10", "b"]),
+])
+def test_labels_that_are_numbers_are_sorted_as_numbers(values, names):
+    found = data._label_column(pd.DataFrame({"type": values}), "type")
+    assert list(found.categories) == names and list(found) == list(map(str, values))
+
+
 def test_genes_of_raw_may_be_all_there_in_another_order():
     counts = planted_cells(40, 12)
     adata = counts[:, ::-1].copy()

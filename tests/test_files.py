@@ -140,6 +140,15 @@ def test_who_waits_may_do_something_meanwhile(tmp_path, capsys):
     assert capsys.readouterr().err.count("waiting for") == 1
 
 
+def test_what_goes_wrong_meanwhile_is_not_taken_for_a_lack_of_locks(tmp_path):
+    def meanwhile():
+        raise ConnectionResetError("nobody answers")
+
+    with alone_in(tmp_path), pytest.raises(ConnectionResetError):
+        with alone_in(tmp_path, meanwhile):
+            pytest.fail("it does not hold the lock")
+
+
 def test_one_after_the_other_and_other_folders_do_not_wait(tmp_path, capsys):
     for _ in range(3):
         with alone_in(tmp_path / "a"), alone_in(tmp_path / "b"):
