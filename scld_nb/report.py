@@ -171,7 +171,7 @@ def correlation_figure(details: dict) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Two heat maps with one colour scale from -1 to 1.
+        Two heat maps with one colour scale about 0, which ends at the 99th percentile of the real correlations (at least 0.2).
 
     Raises
     ------
