@@ -421,7 +421,7 @@ def html_page(report: Report, *, title: str | None = None) -> str:
 {warned}
 <div class="facts">{boxes}</div>
 <section class="card"><h2>How to read this page</h2>
-<p>Each measure stands beside two controls that went through the same code. <b>Real vs real</b> compares held-out with training cells: a perfect generator would reach this, no better is needed.
+<p>Each measure stands beside two controls that went through the same code. <b>Real vs real</b> compares held-out cells with other real ones, which are training cells where these were given: a perfect generator would reach this, no better is needed.
 <b>Shuffled genes</b> compares with cells whose genes were shuffled one by one, which have no biology left: a measure that does not tell these apart says little.</p>
 <p>The verdict is made by a fixed rule, from the distance to <i>real vs real</i>. For measures between 0 and 1, {_badge("like real")} is worse by at most 0.03, {_badge("close")} by at most 0.10,
 {_badge("off")} by more; an AUC, and the share of cells that sit on a training cell, get two standard deviations of pure chance on top. For distances and density the limits are a tenth and a half of the control. A † marks a control that is not

@@ -100,6 +100,7 @@ def test_a_judgement_is_drawn_out_to_the_trees_asked_for(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(pl.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(pl, "compare", lambda *a, n_trees, **o: clock.__setitem__(0, clock[0] + 5 + n_trees / 2))
+    monkeypatch.setattr(pl, "mmd_bandwidth", lambda *a, **o: clock.__setitem__(0, clock[0] + 1000) or 1.0)   # once a seed, and for no row
     assert pl._judgement(make_study(tmp_path, n_trees=100)) == pytest.approx(2 * (5 + 100 / 2))
 
 
