@@ -37,7 +37,11 @@ from .guidance import Denoiser
 from .schedules import Schedule
 
 # %% ../nbs/05_training.ipynb #c002b
+from .running import BLOCK as BLOCK
+from .running import BUFFER as BUFFER
+from .running import BUFFER_BYTES as BUFFER_BYTES
 from .running import DEVICES as DEVICES
+from .running import LINE_EVERY_S as LINE_EVERY_S
 from .running import PRECISIONS as PRECISIONS
 from .running import BlockOrder as BlockOrder
 from .running import BlockShuffle as BlockShuffle
