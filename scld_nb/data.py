@@ -283,7 +283,8 @@ def _label_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     if not isinstance(key, str):
         raise InputError(f"labels come from one column of obs, got {key!r}; give its name, or paste columns into a new one")
     if key not in obs:
-        raise InputError(f"no column {key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
+        mend = "; clusters are computed where no labels are named" if key == "louvain" else ""
+        raise InputError(f"no column {key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}{mend}")
     column = obs[key]
     if isinstance(column, pd.DataFrame):
         raise InputError(f"obs has several columns {key!r}; rename all but one")

@@ -46,6 +46,7 @@ from scld_nb.config import (
     read_labels,
     write_folder,
 )
+from .cells import gene_annotation
 from .counts import CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, doubts_about
 from .distributed import placed, this_team
@@ -174,6 +175,7 @@ class _Parts:
         self.label_counts: list[int] = np.bincount(self._codes, minlength=len(self.labels)).tolist()
         self.config = for_many_cells(self.config, len(self._codes), options)
         self.genes = [str(g) for g in cells.var_names]
+        self.var = gene_annotation(cells.var).set_axis(self.genes) if isinstance(cells, ad.AnnData) else pd.DataFrame(index=self.genes)
         if any("\n" in g for g in self.genes):
             raise InputError("a name in var_names holds a line break; rename that gene")
         reader: CellReader
@@ -424,7 +426,7 @@ class _Samples(_Draws):
 
         Returns
         -------
-        Cells with the training genes; ``X`` is sparse: int32 counts, or with ``head="mse"`` expression at the scale named in
+        Cells with the training genes and what `var` says of them; ``X`` is sparse: int32 counts, or with ``head="mse"`` expression at the scale named in
         ``uns["scld"]["scale"]``;
         ``obs`` holds the label (missing for holistic cells; categories are those drawn), condition, omega and score.
         Several processes (chapter on distributed training) must all call this; they share the work, and the main one gets the
@@ -533,7 +535,7 @@ class _Samples(_Draws):
             if name != key
         }
         out = ad.AnnData(
-            X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=pd.DataFrame(index=self.genes)
+            X=x, obs=pd.DataFrame(obs, index=[f"scld_{i}" for i in range(len(k))]), var=self.var.copy()
         )
         out.uns["scld"] = {
             "scale": self._scale(),
@@ -923,6 +925,8 @@ class SCLD(_Learns):
         Settings, seed and device.
     genes, labels, label_counts
         Names of genes and labels, and training cells per label.
+    var
+        Other names of the genes: the text columns of the training cells' ``var``. Drawn cells have them too.
     history
         What each finished stage did: ``"autoencoder"``, ``"denoiser"``, ``"scorer"``.
     fingerprint
@@ -973,7 +977,7 @@ class SCLD(_Learns):
                     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
                     z = z + spread * noise.to(self.device)
                 x += [sparse_rows(part, np.float32 if self.config.head == "mse" else np.int32) for part in self._decoded(z, counter_seed(seed, "counts"))]
-        out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=pd.DataFrame(index=self.genes))
+        out = ad.AnnData(X=sparse.vstack(x, format="csr"), var=self.var.copy())
         if isinstance(adata, ad.AnnData):
             out.obs = adata.obs[[self.labels_key] if self.labels_key in adata.obs else []].copy()
         elif adata is None and self.labels_key is not None:
@@ -983,6 +987,8 @@ class SCLD(_Learns):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``weights.safetensors``, ``genes.txt`` and ``labels.json``; no pickle.
+
+        Genes that have other names (`var`) have them in ``genes.json``.
 
         Each file is first written under a temporary name; ``config.json`` comes last and holds the checksums of the
         others, so a folder that was not finished is recognised by `load`.
@@ -1013,6 +1019,7 @@ class SCLD(_Learns):
             {"labels_key": self.labels_key, "labels": self.labels, "counts": self.label_counts},
             self.genes,
             tensors,
+            self.var,
         )
         return folder
 
@@ -1028,7 +1035,8 @@ class SCLD(_Learns):
         model = cls.__new__(cls)
         model.device, model._reader, model._codes = resolve_device(device), None, np.zeros(0, dtype=np.int64)
         try:
-            config, labels, model.genes, tensors = read_folder(Path(folder).expanduser())
+            config, labels, model.var, tensors = read_folder(Path(folder).expanduser())
+            model.genes = list(model.var.index)
             given = config["config"]
             for name, kind in (("config", dict), ("history", dict), ("seed", int), ("fingerprint", str)):
                 if not isinstance(config[name], kind):

@@ -1086,3 +1086,52 @@ def test_a_measurement_is_no_label(cells, tiny):
     for key, message in (("score", "holds fractions"), ("id", "has 300 labels for 300 cells"), (["score", "id"], "name of one column")):
         with pytest.raises(InputError, match=message):
             SCLD(some, key, device="cpu", **tiny)
+
+
+# ---- what genes are called
+
+
+@pytest.fixture(scope="module")
+def annotated(cells):
+    named = cells.copy()
+    named.var["gene_ids"] = [f"ENSG{i:05d}" for i in range(cells.n_vars)]
+    named.var["feature_name"] = pd.Categorical([None, *(f"symbol {i}" for i in range(1, cells.n_vars))])
+    named.var["feature_types"] = "Gene Expression"
+    named.var["highly_variable"], named.var["means"] = True, 1.0
+    return named
+
+
+def test_other_names_of_genes_go_with_draws_models_and_files(tiny, annotated, tmp_path):
+    model = SCLD(annotated, labels_key="cell_type", device="cpu", **tiny).train(max_steps=2, scorer=False, progress=False)
+    loaded = SCLD.load(model.save(tmp_path / "model"), device="cpu")
+    model.sample_to(tmp_path / "drawn.h5ad", 5, chunk_size=2, keep=1, progress=False)
+    for cells in (model.sample(5, keep=1, progress=False), loaded.sample(5, keep=1, progress=False), model.reconstruct(), ad.read_h5ad(tmp_path / "drawn.h5ad")):
+        assert list(cells.var) == ["gene_ids", "feature_name", "feature_types"]
+        assert (cells.var["gene_ids"] == annotated.var["gene_ids"]).all() and (cells.var["feature_types"] == "Gene Expression").all()
+        assert cells.var["feature_name"].astype(object).fillna("-").tolist() == ["-", *annotated.var["feature_name"][1:]]
+    cells = model.sample(5, keep=1, progress=False)
+    cells.var["gene_ids"] = "changed"
+    assert model.sample(5, keep=1, progress=False).var["gene_ids"].is_unique
+
+
+def test_other_names_of_genes_change_neither_model_nor_cells(tiny, cells, annotated):
+    plain, named = (SCLD(a, labels_key="cell_type", device="cpu", **tiny).train(max_steps=2, scorer=False, progress=False) for a in (cells, annotated))
+    assert plain.fingerprint == named.fingerprint and plain.var.shape == (cells.n_vars, 0)
+    assert (plain.sample(5, keep=1, progress=False).X != named.sample(5, keep=1, progress=False).X).nnz == 0
+
+
+def test_names_of_an_older_model_do_not_stay_in_its_folder(tiny, cells, annotated, tmp_path):
+    for named in (annotated, cells):
+        SCLD(named, labels_key="cell_type", device="cpu", **tiny).train(max_steps=2, scorer=False, progress=False).save(tmp_path / "model")
+        assert (tmp_path / "model" / "genes.json").exists() == (named is annotated)
+        assert SCLD.load(tmp_path / "model", device="cpu").var.shape[1] == (3 if named is annotated else 0)
+
+
+def test_damaged_names_of_genes_are_noticed(tiny, annotated, tmp_path):
+    folder = SCLD(annotated, labels_key="cell_type", device="cpu", **tiny).train(max_steps=2, scorer=False, progress=False).save(tmp_path / "model")
+    (folder / "genes.json").write_text("{}")
+    with pytest.raises(InputError, match="genes.json does not match"):
+        SCLD.load(folder)
+    (folder / "genes.json").unlink()
+    with pytest.raises(InputError, match="genes.json is missing"):
+        SCLD.load(folder)
