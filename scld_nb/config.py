@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GLOBAL', 'CHOICES', 'RANGES', 'MSE', 'PAPER', 'MANY_CELLS', 'MANY', 'FORMAT', 'PARTS', 'OTHER_NAMES',
-           'Config', 'make_config', 'for_many_cells', 'count_autoencoder_steps', 'count_denoiser_steps', 'read_labels',
-           'proportional', 'write_folder', 'read_folder']
+           'CELLS_BESIDE', 'Config', 'make_config', 'for_many_cells', 'count_autoencoder_steps', 'count_denoiser_steps',
+           'read_labels', 'proportional', 'write_folder', 'read_folder']
 
 # %% ../nbs/08_config.ipynb #c003
 import hashlib
@@ -335,6 +335,7 @@ def _what_is_little(labels: Sequence[str], label_counts: Sequence[int], batch_si
 FORMAT = 1
 PARTS = ("weights.safetensors", "genes.txt", "labels.json")
 OTHER_NAMES = "genes.json"
+CELLS_BESIDE = ("train.h5ad", "test.h5ad")   # which the command keeps in the same folder
 
 
 def _replace(path: Path, put: Callable[[Path], object]) -> None:

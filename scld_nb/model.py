@@ -28,10 +28,12 @@ from scipy import sparse
 
 from . import __version__
 from .autoencoder import Autoencoder, encode_cells, fit_latent_statistics, fit_latent_statistics_on_disk
-from .config import CHOICES, FORMAT, MANY, MANY_CELLS, PAPER, PARTS, RANGES  # noqa: F401  # for those who import them from here
+from .config import CHOICES, FORMAT, MANY, MANY_CELLS, PAPER, RANGES  # noqa: F401  # for those who import them from here
 from scld_nb.config import (
+    CELLS_BESIDE,
     GLOBAL,
     MSE,
+    PARTS,
     SCALES,
     Config,
     _check_noise,
@@ -648,6 +650,9 @@ class _SamplesInChunks(_Samples):
             raise InputError(f"{path} is a folder; give the name of a file")
         if Path(path).suffix != ".h5ad":
             raise InputError(f"{path} must end in .h5ad, which is what is written")
+        where = Path(path).expanduser()
+        if where.name.lower() in CELLS_BESIDE and all((where.parent / name).exists() for name in ("config.json", PARTS[0])):
+            raise InputError(f"{path} is where scld train keeps cells of the model in {where.parent}, for scld evaluate; give another name")
         facts: dict[str, Any] = {}
         pending: Future | None = None
         chunks = self.sample_chunks(asked, label, chunk_size=chunk_size, seed=seed, progress=progress if n <= chunk_size else False, **options)

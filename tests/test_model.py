@@ -1135,3 +1135,12 @@ def test_damaged_names_of_genes_are_noticed(tiny, annotated, tmp_path):
     (folder / "genes.json").unlink()
     with pytest.raises(InputError, match="genes.json is missing"):
         SCLD.load(folder)
+
+
+def test_draws_do_not_replace_the_cells_beside_a_model(tiny_model, saved, tmp_path):
+    for name in ("train.h5ad", "TEST.h5ad"):
+        with pytest.raises(InputError, match="is where scld train keeps cells of the model"):
+            tiny_model.sample_to(saved / name, 3, progress=False)
+    for path in (saved / "cells.h5ad", tmp_path / "train.h5ad"):           # another name, and a folder without a model
+        tiny_model.sample_to(path, 3, progress=False)
+        assert ad.read_h5ad(path).n_obs == 3
