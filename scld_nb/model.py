@@ -53,8 +53,9 @@ from .counts import CountAutoencoder, count_start, fit_count_statistics, fit_cou
 from .data import CellReader, InputError, TARGET_SUM, counts_matrix, doubts_about
 from .distributed import placed, this_team
 from .gpu import rows_at_once, sparse_rows
+from .growing import CellWriter
 from .guidance import Denoiser, check_omega, cluster_means
-from .large import CellWriter, DiskCells, DiskReader, open_cells
+from .large import DiskCells, DiskReader, open_cells
 from scld_nb.running import (
     BLOCK,
     BUFFER,

@@ -22,7 +22,7 @@ import torch
 from conftest import planted_cells
 from safetensors.torch import load_file
 
-from scld_nb import cli, data, evaluation, large, running, training
+from scld_nb import cli, data, evaluation, growing, running, training
 from scld_nb import config as config_module
 from scld_nb import files as scld_files
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
@@ -682,7 +682,7 @@ def test_sigterm_while_sampling_leaves_nothing(trained, tmp_path, capsys, monkey
                     signal.raise_signal(signal.SIGTERM)
             yield temporary
 
-    for place in (scld_files, large):
+    for place in (scld_files, growing):
         monkeypatch.setattr(place, "replacing", stopped)
     assert call(f"sample {trained} -n 12 -o {tmp_path}/x.h5ad {more}") == 143
     assert found == [True] and not list(tmp_path.iterdir()) and capsys.readouterr().err == "scld: stopped\n"

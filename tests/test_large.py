@@ -21,7 +21,7 @@ from conftest import planted_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scld_nb import large, running, training
+from scld_nb import growing, large, running, training
 from scld_nb.autoencoder import Autoencoder, fit_latent_statistics, fit_latent_statistics_on_disk
 from scld_nb.cli import main
 from scld_nb.counts import CountAutoencoder, count_start, fit_count_statistics, fit_count_statistics_on_disk
@@ -644,7 +644,7 @@ def test_a_file_is_complete_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="must have the genes and columns"), CellWriter(path) as writer:
         writer.append(some_cells(5))
         writer.append(some_cells(5)[:, :3].copy())
-    monkeypatch.setattr(large.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(growing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(OSError, match="No space left on device"), CellWriter(path) as writer:
         writer.append(some_cells(5))
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.h5ad"]
@@ -687,7 +687,7 @@ def test_a_disk_that_refuses_is_an_error_and_no_crash(tmp_path):
 
 def test_a_file_that_hdf5_reads_again_though_it_was_refused(tmp_path):
     """What the disk does not take is there for HDF5, which would else stumble over zeros."""
-    disk = large._Unfailing(tmp_path / "x", tmp_path / "x")
+    disk = growing._Unfailing(tmp_path / "x", tmp_path / "x")
     disk.write(b"abcdef")
     disk._keep(OSError(28, "No space left on device"))
     disk.seek(4), disk.write(b"EFGH"), disk.seek(6), disk.write(b"gh"), disk.seek(12), disk.write(b"z")
@@ -709,10 +709,10 @@ def test_a_signal_waits_until_the_chunk_is_written(tmp_path, number):
         written.append(original(self, data))
         return written[-1]
 
-    written, original, before = [], large._Unfailing.write, signal.signal(number, stop)
+    written, original, before = [], growing._Unfailing.write, signal.signal(number, stop)
     try:
         with pytest.raises(KeyboardInterrupt, match="heard"), CellWriter(tmp_path / "x.h5ad", chunk=16) as writer, \
-                patch.object(large._Unfailing, "write", write):
+                patch.object(growing._Unfailing, "write", write):
             writer.append(some_cells(50))
         assert len(written) > 3 and not list(tmp_path.iterdir()) and signal.getsignal(number) is stop
     finally:
