@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401
-        autoencoder, baselines, cells, cli, config, controls, counts, data, datasets, distributed, draws, evaluation,
-        experiments, growing, guidance, large, metrics, model, plan, plots, report, running, sampling, schedules, scorer,
-        study, suite, training, unet,
+        autoencoder, baselines, cells, checks, cli, config, controls, counts, data, datasets, distributed, draws,
+        evaluation, experiments, growing, guidance, large, metrics, model, plan, plots, report, running, sampling,
+        schedules, scorer, study, suite, training, unet,
     )
     from .cells import InputError
     from .config import Config

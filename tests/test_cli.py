@@ -22,7 +22,7 @@ import torch
 from conftest import planted_cells
 from safetensors.torch import load_file
 
-from scld_nb import cli, data, evaluation, growing, running, training
+from scld_nb import checks, cli, data, evaluation, growing, running, training
 from scld_nb import config as config_module
 from scld_nb import files as scld_files
 from scld_nb.cli import check_folder, drop_checkpoints, main, parse_setting, write_cells
@@ -727,7 +727,7 @@ def test_warnings_become_notes(files, tmp_path, capsys):
 
 
 def test_unwritable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", raising(PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(checks.tempfile, "TemporaryFile", raising(PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(InputError, match=r"cannot write to folder .* \(Permission denied\); choose another with -o"):
         check_folder(tmp_path)
 
@@ -1064,7 +1064,7 @@ def test_every_option_of_train_arrives(files, tmp_path, monkeypatch, backed):
     monkeypatch.setattr(SCLD, "__init__", lambda self, *cells, **options: (asked.update(options), begin(self, *cells, **options))[1])
     monkeypatch.setattr(SCLD, "train", lambda self, steps, **options: asked.update(options, steps=steps))
     monkeypatch.setattr(SCLD, "save", lambda self, folder: folder)
-    monkeypatch.setattr(cli, "write_backed", lambda cells, path, **options: written.append((path.name, options["most"], options["seed"])))
+    monkeypatch.setattr(checks, "write_backed", lambda cells, path, **options: written.append((path.name, options["most"], options["seed"])))
     line = f"train {files}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 7 --ae-steps 9 --checkpoint-every 3 --seed 5 --device cpu"
     assert call(f"{line} --head nb --dispersion gene --fusion cat --set lr=3e-4 {backed}") == 0
     assert asked == {"preset": "default", "device": "cpu", "seed": 5, "head": "nb", "dispersion": "gene", "fusion": "cat", "lr": 3e-4, "steps": 7, "ae_steps": 9,
@@ -1135,6 +1135,6 @@ def test_a_model_that_is_being_replaced_is_none_until_all_of_it_is_there(files, 
     for name in cli.MODEL_FILES:
         (tmp_path / "m" / name).write_text("old")
     monkeypatch.setattr(SCLD, "train", lambda self, steps, **options: None)
-    monkeypatch.setattr(cli, "write_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(checks, "write_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
     assert call(f"train {files}/cells.h5ad -o {tmp_path}/m --overwrite --labels cell_type --steps 2 --device cpu {SETTINGS}") == 2
     assert not {"config.json", "train.h5ad", "test.h5ad"} & {f.name for f in (tmp_path / "m").iterdir()}

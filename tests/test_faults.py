@@ -23,7 +23,7 @@ GIVEN = {"dataset": "cells.h5ad", "labels": "cell_type", "n_seeds": 1, "steps": 
          "methods": "scgan,scld,scld_both", "tables": "2,3", "figures": "5"}  # fmt: skip
 MARKS = {
     "train": [("scld_nb.model:train_autoencoder", "autoencoder"), ("scld_nb.model:train_denoiser", "denoiser"), ("scld_nb.model:_Learns._train_scorer", "scorer"),
-              ("scld_nb.cli:write_cells", "writing"), ("scld_nb.model:write_folder", "writing"), ("scld_nb.cli:drop_checkpoints", "tidying")],
+              ("scld_nb.checks:write_cells", "writing"), ("scld_nb.model:write_folder", "writing"), ("scld_nb.checks:drop_checkpoints", "tidying")],
     "sample": [("scld_nb.model:_Draws._generate", "drawing"), ("scld_nb.cli:write_cells", "writing"), ("scld_nb.growing:CellWriter.append", "writing")],
     "reproduce": [("scld_nb.study:trained_model", "models"), ("scld_nb.study:compete", "competitors"), ("scld_nb.study:Study.judge", "judging"),
                   ("scld_nb.study:Study.save_table", "tables"), ("scld_nb.study:Study.save_figure", "figures"), ("scld_nb.experiments:figure5", "figure5")],

@@ -851,9 +851,9 @@ def test_errors_of_the_command_line(file, tmp_path, monkeypatch, capsys, line, m
 
 
 def test_a_full_disk_is_said_before_training(file, tmp_path, monkeypatch, capsys):
-    from scld_nb import cli
+    from scld_nb import checks
 
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     assert call(f"train {file} -o {tmp_path}/m --labels cell_type --steps 2 --device cpu {SET} --backed") == 2
     assert "MiB free, training needs about" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
