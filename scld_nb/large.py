@@ -539,6 +539,21 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
         raise counts._damaged(f"obs or var cannot be read ({_one_line(error)})") from None
     return DiskCells(counts, names)
 
+# %% ../nbs/00_large.ipynb #c028a
+def _expression(cells: DiskCells, min_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Genes that each cell expresses, cells of at least ``min_genes`` that express each gene, counts per cell, counts per gene."""
+    expressed, seen = np.zeros(cells.n_obs, dtype=np.int64), np.zeros(cells.n_vars, dtype=np.int64)
+    by_cell, by_gene = np.zeros(cells.n_obs), np.zeros(cells.n_vars)
+    for some_rows, part in cells.counts.slices():
+        _check_values(part.data, cells.counts.slot)
+        some = part.data > 0
+        expressed[some_rows] = np.diff(np.concatenate([[0], np.cumsum(some)])[part.indptr])
+        passed = np.repeat(expressed[some_rows] >= min_genes, np.diff(part.indptr))
+        seen += np.bincount(part.indices[some & passed], minlength=cells.n_vars)
+        by_cell[some_rows] = np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
+        by_gene += np.bincount(part.indices, weights=part.data, minlength=cells.n_vars)
+    return expressed, seen, by_cell, by_gene
+
 # %% ../nbs/00_large.ipynb #c029
 def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | None = None, min_genes: int = 10,
                  min_cells: int = 3) -> DiskCells:
@@ -565,16 +580,7 @@ def load_on_disk(path: str | Path, *, layer: str | None = None, labels: str | No
         raise InputError(f"no column 'louvain' in obs of {Path(path).name}, and clusters cannot be computed from disk; name a column "
                          f"with labels= (--labels); columns there: {', '.join(cells.columns) or 'none'}")
     named = _label_column(cells.obs(key), key)
-    expressed, seen = np.zeros(cells.n_obs, dtype=np.int64), np.zeros(cells.n_vars, dtype=np.int64)
-    by_cell, by_gene = np.zeros(cells.n_obs), np.zeros(cells.n_vars)
-    for some_rows, part in cells.counts.slices():
-        _check_values(part.data, cells.counts.slot)
-        some = part.data > 0
-        expressed[some_rows] = np.diff(np.concatenate([[0], np.cumsum(some)])[part.indptr])
-        passed = np.repeat(expressed[some_rows] >= min_genes, np.diff(part.indptr))
-        seen += np.bincount(part.indices[some & passed], minlength=cells.n_vars)
-        by_cell[some_rows] = np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
-        by_gene += np.bincount(part.indices, weights=part.data, minlength=cells.n_vars)
+    expressed, seen, by_cell, by_gene = _expression(cells, min_genes)
     rows, genes = np.flatnonzero(expressed >= min_genes), np.flatnonzero(seen >= min_cells)
     if not len(rows) or not len(genes):
         raise InputError(f"no cell has at least {min_genes} genes or no gene at least {min_cells} cells: nothing is left of "
