@@ -25,6 +25,24 @@ if TYPE_CHECKING:
     from scld_nb.distributed import Team
     from scld_nb.large import DiskCells
 
+# %% ../nbs/40_checks.ipynb #c012a
+def _value(word: str, kind: Any) -> object:
+    """A word as a value of a type; `ValueError` or `KeyError` if it is none."""
+    if isinstance(kind, types.UnionType):                      # of a type and None
+        return None if word.lower() == "none" else _value(word, kind.__args__[0])
+    if typing.get_origin(kind) is tuple:
+        return tuple(int(v) for v in word.split(","))
+    if kind is bool:
+        return {"true": True, "false": False}[word.lower()]
+    return kind(word)
+
+
+def _wanted(kind: Any) -> str:
+    """What a value of a type looks like."""
+    if isinstance(kind, types.UnionType):
+        return f"{_wanted(kind.__args__[0])} or none"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "whole numbers with commas between")
+
 # %% ../nbs/40_checks.ipynb #c013
 def parse_setting(text: str) -> tuple[str, object]:
     """``NAME=VALUE`` of ``--set`` as the name of a `Config` field and a value of its type.
@@ -49,22 +67,10 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise InputError(f"--set {text}: give NAME=VALUE, for instance --set lr=2e-4")
     if name not in known:
         raise InputError(f"--set {text}: unknown setting {name!r}; known: {', '.join(known)}")
-    kind, optional = known[name], False
-    if isinstance(kind, types.UnionType):
-        kind, optional = kind.__args__[0], True
     try:
-        if optional and value.lower() == "none":
-            return name, None
-        if typing.get_origin(kind) is tuple:
-            return name, tuple(int(v) for v in value.split(","))
-        if kind is bool:
-            return name, {"true": True, "false": False}[value.lower()]
-        return name, kind(value)
+        return name, _value(value, known[name])
     except (ValueError, KeyError):
-        what = {bool: "true or false", int: "a whole number", float: "a number"}.get(
-            kind, "whole numbers with commas between"
-        )
-        raise InputError(f"--set {text}: {name} must be {what}{' or none' if optional else ''}") from None
+        raise InputError(f"--set {text}: {name} must be {_wanted(known[name])}") from None
 
 # %% ../nbs/40_checks.ipynb #c017
 def check_folder(folder: Path) -> None:
