@@ -461,6 +461,23 @@ _USER_ERRNOS = {
 }
 
 
+def _of_the_disk(error: BaseException, text: str) -> str | None:
+    """The line for an error of the file system that a user can mend, if this is one."""
+    told = re.search(r"os error (\d+)", text)  # of the library safetensors
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if "No space left on device" in text or number == errno.ENOSPC:
+        return f"the disk is full ({text}); make room and repeat the command"
+    if number == errno.EDQUOT:
+        return f"the quota of this disk is used up ({text}); make room and repeat the command"
+    if number == errno.EFBIG:
+        return f"no file may become that large here ({text}); raise the limit (ulimit -f), or write to another disk"
+    if told:
+        return f"the disk refuses ({text}); see to its space, quota and permissions, or use another one"
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return f"{text}; give another path, or change its permissions"
+    return None
+
+# %% ../nbs/40_cli.ipynb #c047f
 def _describe(error: BaseException) -> tuple[int, str]:
     """Exit status and the one line that says what is wrong."""
     text = " ".join(str(error).split())
@@ -472,18 +489,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
     if isinstance(error, InputError):
         return 2, text
-    told = re.search(r"os error (\d+)", text)  # of the library safetensors
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    if "No space left on device" in text or number == errno.ENOSPC:
-        return 2, f"the disk is full ({text}); make room and repeat the command"
-    if number == errno.EDQUOT:
-        return 2, f"the quota of this disk is used up ({text}); make room and repeat the command"
-    if number == errno.EFBIG:
-        return 2, f"no file may become that large here ({text}); raise the limit (ulimit -f), or write to another disk"
-    if told:
-        return 2, f"the disk refuses ({text}); see to its space, quota and permissions, or use another one"
-    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
-        return 2, f"{text}; give another path, or change its permissions"
+    if trouble := _of_the_disk(error, text):
+        return 2, trouble
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":          # torch's, without importing it
         return 1, f"the GPU's memory is full ({text.split('. ')[0]}); close other programs on it, use fewer genes, --device cpu or, to sample, a smaller --batch-size"
