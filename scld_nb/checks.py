@@ -253,7 +253,7 @@ def write_backed(cells: "DiskCells", path: Path, *, most: int, seed: int = 0, ch
     """Write cells of a file to another one in chunks: counts and labels; of more than ``most`` cells a random choice of so many."""
     import numpy as np
 
-    from scld_nb.large import CellWriter
+    from scld_nb.growing import CellWriter
 
     rows = np.arange(cells.n_obs)
     if cells.n_obs > most:
