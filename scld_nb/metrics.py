@@ -616,6 +616,6 @@ def purity(classifier: Pipeline, fake, requested) -> float:
         raise InputError(f"fake has {fake.shape[1]} genes and the classifier {classifier.n_features_in_}: give the same genes")
     unknown = sorted(set(np.unique(wanted)) - set(classifier.classes_))
     if unknown:
-        raise InputError(f"requested label {unknown[0]!r} is unknown: the classifier knows {', '.join(classifier.classes_)}")
+        raise InputError(f"requested label {str(unknown[0])!r} is unknown: the classifier knows {', '.join(classifier.classes_)}")
     with _threads(fake):
         return float(np.mean(classifier.predict(fake) == wanted))

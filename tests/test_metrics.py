@@ -437,7 +437,7 @@ def test_label_classifier_refuses(labels, message):
         (np.zeros((3, 4)), ["a", "b"], "one per cell"),
         (np.zeros((0, 4)), "a", "no cells"),
         (np.zeros((3, 5)), "a", "5 genes"),
-        (np.zeros((3, 4)), "z", "knows a, b"),
+        (np.zeros((3, 4)), "z", "requested label 'z' is unknown: the classifier knows a, b"),
     ],
 )
 def test_purity_refuses(fake, requested, message):
