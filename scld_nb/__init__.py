@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import (  # noqa: F401
         autoencoder, baselines, cells, checks, cli, config, controls, counts, data, datasets, distributed, draws,
-        evaluation, experiments, forest, growing, guidance, large, metrics, model, plan, plots, report, running,
-        sampling, schedules, scorer, study, suite, training, unet,
+        evaluation, experiments, forest, growing, guidance, large, metrics, model, neighbours, plan, plots, report,
+        running, sampling, schedules, scorer, study, suite, training, unet,
     )
     from .cells import InputError
     from .config import Config

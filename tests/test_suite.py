@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from scld_nb import suite
+from scld_nb import neighbours, suite
 from scld_nb.data import InputError, library_normalize
 from scld_nb.metrics import auc_null_sd, rf_auc
 from scld_nb.suite import (
@@ -134,14 +134,14 @@ def test_precision_recall_equals_the_library(k, shift):
 def test_blocks_do_not_change_the_result(monkeypatch):
     a, b = clouds(130, shift=0.5)
     whole = precision_recall(a, b), suite._nearest(a, b, 3), suite._nearest(a, a, 3, own=True)
-    monkeypatch.setattr(suite, "_blocks", lambda n, size=1024: (slice(i, min(n, i + 17)) for i in range(0, n, 17)))
+    monkeypatch.setattr(neighbours, "_blocks", lambda n, size=1024: (slice(i, min(n, i + 17)) for i in range(0, n, 17)))
     blocks = precision_recall(a, b), suite._nearest(a, b, 3), suite._nearest(a, a, 3, own=True)
     assert whole[0] == blocks[0] and all(np.allclose(u, v) for u, v in zip(whole[1:], blocks[1:]))
 
 
 def test_no_block_is_larger_than_1024(monkeypatch):
-    sizes, direct = [], suite._square_distances
-    monkeypatch.setattr(suite, "_square_distances", lambda a, b: (sizes.append((len(a), len(b))), direct(a, b))[1])
+    sizes, direct = [], neighbours._square_distances
+    monkeypatch.setattr(neighbours, "_square_distances", lambda a, b: (sizes.append((len(a), len(b))), direct(a, b))[1])
     precision_recall(*clouds(1500, d=2))
     assert max(map(max, sizes)) <= 1024
 
