@@ -17,10 +17,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from .data import TARGET_SUM, InputError, _check_values, counts_matrix
-from .metrics import auc_null_sd, mmd, mmd_bandwidth, permute_genes, rf_aucs
+from .forest import auc_null_sd, rf_aucs
+from .metrics import mmd, mmd_bandwidth, permute_genes
+from .neighbours import Memorisation, ilisi, joint_components, memorisation, precision_recall, wasserstein
 from scld_nb.suite import (
-    Memorisation, cell_statistics, combined_auc, gene_correlation, gene_statistics, ilisi, joint_components, ks_statistics,
-    marker_logfc, mean_correlation, memorisation, precision_recall, strict_aucs, tstr, wasserstein,
+    cell_statistics, combined_auc, gene_correlation, gene_statistics, ks_statistics, marker_logfc, mean_correlation, strict_aucs, tstr,
 )
 
 # %% ../nbs/10_controls.ipynb #c008

@@ -30,9 +30,11 @@ from scld_nb.controls import (
 )
 from .data import InputError
 from .files import replacing
+from .forest import auc_null_sd, rf_aucs
 from .large import DiskCells, open_cells
-from .metrics import auc_null_sd, label_classifier, purity, rf_aucs, tsne
-from .suite import Memorisation, gene_statistics, variable_genes
+from .metrics import label_classifier, purity, tsne
+from .neighbours import Memorisation
+from .suite import gene_statistics, variable_genes
 
 # %% ../nbs/10_evaluation.ipynb #c003c
 _all_ = ["SPACES", "expression", "compare", "make_controls"]
@@ -531,7 +533,7 @@ def evaluate(
     random forest (fully grown, and of depth 5) and the MMD judge real against synthetic, real
     against training cells (positive control: what a perfect generator reaches) and real against
     training cells with shuffled genes (negative control), all with the same n and code. With `suite=True`
-    the stricter measures of `scld_nb.suite` follow, each between the same two controls.
+    the stricter measures of `scld_nb.neighbours` and `scld_nb.suite` follow, each between the same two controls.
 
     Parameters
     ----------
@@ -561,7 +563,7 @@ def evaluate(
     controls
         `Report.controls` of an earlier call with the same real cells, training cells, n and seed: not computed again.
     suite
-        Whether to add the measures of `scld_nb.suite`: judges in gene space, precision and recall, transport, mixing,
+        Whether to add the measures of `scld_nb.neighbours` and `scld_nb.suite`: judges in gene space, precision and recall, transport, mixing,
         statistics of genes and cells, correlations and, with `train`, copying; with labels too, markers and
         training on synthetic cells.
     n_judge
