@@ -39,6 +39,14 @@ def _square_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
     return np.maximum(squares, 0, out=squares)
 
+# %% ../nbs/09_metrics.ipynb #c032c
+def _near_distances(sample: np.ndarray, wanted: int) -> np.ndarray:
+    "Distances of each cell to its `wanted` nearest others, (cells, wanted), in no order."
+    with _threads(sample):
+        squares = _square_distances(sample, sample)
+    np.fill_diagonal(squares, np.inf)
+    return np.sqrt(np.partition(squares, wanted - 1, axis=1)[:, :wanted])
+
 # %% ../nbs/09_metrics.ipynb #c033
 def mmd_bandwidth(
     real, *, k: int = 25, n_sample: int = 1000, repeats: int = 20, rule: str = "median", seed: int = 0
@@ -92,10 +100,7 @@ def mmd_bandwidth(
     for _ in range(repeats if size < n else 1):
         sample = _dense(real, np.sort(rng.choice(n, size, replace=False)), centre)
         longest = max(longest, float(np.square(sample).sum(axis=1).max()))
-        with _threads(sample):
-            squares = _square_distances(sample, sample)
-        np.fill_diagonal(squares, np.inf)
-        near = np.sqrt(np.partition(squares, wanted - 1, axis=1)[:, :wanted])
+        near = _near_distances(sample, wanted)
         found.append(np.median(near if rule == "median" else near.mean(axis=1)))
     bandwidth = float(np.median(found))
     if not bandwidth > 1e-7 * longest**0.5:                    # what rounding leaves of a distance of 0
@@ -213,6 +218,17 @@ def mmd(real, fake, *, bandwidth: float, weight: float = 1.0, paired: bool = Fal
     unbiased = (rr + ff) / (n * (n - 1)) - 2 * weight * across
     return MMDResult(float(np.sqrt(max(0.0, biased))), float(unbiased), n, float(bandwidth), float(weight))
 
+# %% ../nbs/09_metrics.ipynb #c048c
+def _shuffled(cells, rng: np.random.Generator):
+    "Each column's values in a random order of their own, dense or CSR as `cells` is; nothing is rescaled."
+    if not sp.issparse(cells):
+        return rng.permuted(cells, axis=0)
+    columns = cells.tocsc(copy=True)
+    for start, stop in zip(columns.indptr[:-1], columns.indptr[1:]):
+        columns.indices[start:stop] = rng.permutation(cells.shape[0])[: stop - start]
+    columns.has_sorted_indices = False
+    return columns.tocsr()
+
 # %% ../nbs/09_metrics.ipynb #c049
 def permute_genes(cells, *, target_sum: float | None = None, seed: int = 0):
     """Cells in which each gene's values are shuffled across cells on their own.
@@ -247,14 +263,7 @@ def permute_genes(cells, *, target_sum: float | None = None, seed: int = 0):
         raise InputError("cells holds negative values: shuffle counts or rescaled counts, not logs or scaled values")
     n, rng = cells.shape[0], np.random.default_rng(seed)
     totals = np.asarray(cells.sum(axis=1), dtype=np.float64).ravel() if target_sum is None else np.full(n, float(target_sum))
-    if sp.issparse(cells):
-        columns = cells.tocsc(copy=True)
-        for start, stop in zip(columns.indptr[:-1], columns.indptr[1:]):
-            columns.indices[start:stop] = rng.permutation(n)[: stop - start]
-        columns.has_sorted_indices = False
-        shuffled = columns.tocsr()
-    else:
-        shuffled = rng.permuted(cells, axis=0)
+    shuffled = _shuffled(cells, rng)
     got = np.asarray(shuffled.sum(axis=1), dtype=np.float64).ravel()
     factor = np.divide(totals, got, out=np.zeros(n), where=got > 0).astype(cells.dtype)
     if sp.issparse(shuffled):

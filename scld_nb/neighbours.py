@@ -227,6 +227,12 @@ def ilisi(real, fake, *, perplexity: float = 30, n_neighbors: int = 90) -> dict[
     lisi = float(np.mean(1 / (p**2 + (1 - p) ** 2)))
     return {"lisi": lisi, "ilisi": lisi - 1}
 
+# %% ../nbs/09_neighbours.ipynb #c059b
+def _share_nearer(to_train: np.ndarray, to_heldout: np.ndarray) -> float:
+    "Share of cells with the first distance below the second, ties one half."
+    tied = np.isclose(to_train, to_heldout, rtol=1e-9, atol=1e-9)
+    return float(np.mean(((to_train < to_heldout) & ~tied) + 0.5 * tied))
+
 # %% ../nbs/09_neighbours.ipynb #c060
 @dataclass(frozen=True)
 class Memorisation:
@@ -359,8 +365,7 @@ def memorisation(fake, train, heldout, *, n_pcs: int = 50, seed: int = 0) -> Mem
         ground, *others = (np.asarray(basis.transform(v), dtype=np.float64) for v in (everyone, groups["fake"], groups["heldout"]))
         ratios, honest = (_ratios(_nearest(x, ground, 2)) for x in others)
     a, b = np.sqrt(to_train[:, 0]), np.sqrt(to_heldout[:, 0])
-    near, far = (a < b) & ~np.isclose(a, b, rtol=1e-9, atol=1e-9), np.isclose(a, b, rtol=1e-9, atol=1e-9)
     return Memorisation(
-        share=float(np.mean(near + 0.5 * far)), to_train=a, to_heldout=b, nndr=float(np.median(ratios)), nndr_heldout=float(np.median(honest)),
+        share=_share_nearer(a, b), to_train=a, to_heldout=b, nndr=float(np.median(ratios)), nndr_heldout=float(np.median(honest)),
         copied=float(np.mean(ratios < np.quantile(honest, 0.05))), membership_auc=membership_auc(points["train"], points["heldout"], points["fake"]), n=len(a), n_reference=m,
     )

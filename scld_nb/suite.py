@@ -169,6 +169,20 @@ def _standard(score: np.ndarray) -> np.ndarray:
     "Scores with mean 0 and standard deviation 1; zeros if they are all equal."
     return (score - score.mean()) / max(score.std(), 1e-12)
 
+# %% ../nbs/09_suite.ipynb #c018c
+def _combined_score(x_fit: np.ndarray, y: np.ndarray, x_held: np.ndarray, shown: int, seed: int) -> np.ndarray:
+    "Score of each held-out cell: boosting, which sees the first `shown` columns, plus regression; zeros if no column varies."
+    mean, spread = x_fit.mean(axis=0), x_fit.std(axis=0)
+    varies = spread > 1e-6
+    if not varies.any():
+        return np.zeros(len(x_held))
+    often = np.flatnonzero((x_fit[:, :shown] > 0).sum(axis=0) >= 20)  # no leaf has fewer than 20 cells, so no tree could use the rest
+    trees = HistGradientBoostingClassifier(max_bins=48, early_stopping=False, min_samples_leaf=20, random_state=seed)
+    score = _standard(trees.fit(x_fit[:, often], y).decision_function(x_held[:, often])) if often.size else 0.0
+    x_fit, x_held = (np.clip((x[:, varies] - mean[varies]) / spread[varies], -5, 5) for x in (x_fit, x_held))
+    ridge = LogisticRegression(C=1e-3, max_iter=300, random_state=seed).fit(x_fit, y)
+    return score + _standard(ridge.decision_function(x_held))
+
 # %% ../nbs/09_suite.ipynb #c019
 def combined_auc(
     real, fake, *, folds: int = 5, seed: int = 0, paired: bool = False, n_jobs: int | None = None
@@ -209,17 +223,7 @@ def combined_auc(
     cells, is_real = np.vstack([_everything(real), _everything(fake)]), np.repeat([1, 0], n)
 
     def judge(fit, held) -> float:
-        x_fit, x_held, y = cells[fit], cells[held], is_real[fit]
-        mean, spread = x_fit.mean(axis=0), x_fit.std(axis=0)
-        varies = spread > 1e-6
-        if not varies.any():
-            return 0.5
-        often = np.flatnonzero((x_fit[:, :shown] > 0).sum(axis=0) >= 20)  # no leaf has fewer than 20 cells, so no tree could use the rest
-        trees = HistGradientBoostingClassifier(max_bins=48, early_stopping=False, min_samples_leaf=20, random_state=seed)
-        score = _standard(trees.fit(x_fit[:, often], y).decision_function(x_held[:, often])) if often.size else 0.0
-        x_fit, x_held = (np.clip((x[:, varies] - mean[varies]) / spread[varies], -5, 5) for x in (x_fit, x_held))
-        ridge = LogisticRegression(C=1e-3, max_iter=300, random_state=seed).fit(x_fit, y)
-        score += _standard(ridge.decision_function(x_held))
+        score = _combined_score(cells[fit], is_real[fit], cells[held], shown, seed)
         return roc_auc_score(is_real[held], score.round(5))
 
     return _summary(_each_fold(judge, _folds(n, folds, seed, paired), n_jobs), n)
@@ -445,6 +449,22 @@ def marker_logfc(
         "marker_jaccard": {"all": float(np.mean(list(jaccard.values())))} | jaccard,
     }
 
+# %% ../nbs/09_suite.ipynb #c054b
+def _rows_to_learn_from(fake: np.ndarray, train: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    "Rows of the synthetic and of the training cells, by their labels: equally many of each label that both have."
+    labels, delivered = {"fake": fake, "train": train}, set(fake)
+    picked: dict[str, list[np.ndarray]] = {"fake": [], "train": []}
+    for label in [*np.unique(fake), *(t for t in np.unique(train) if t not in delivered)]:
+        where = {k: np.flatnonzero(labels[k] == label) for k in picked}
+        if label not in delivered:                      # the control learns it from as many cells as there should have been
+            due = round(len(fake) * len(where["train"]) / len(train))
+            picked["train"].append(rng.choice(where["train"], max(1, min(len(where["train"]), due)), replace=False))
+            continue
+        m = min(map(len, where.values()))
+        for k, chosen in picked.items():
+            chosen.append(rng.choice(where[k], m, replace=False))
+    return {k: np.sort(np.concatenate(v)) if v else np.zeros(0, int) for k, v in picked.items()}
+
 # %% ../nbs/09_suite.ipynb #c055
 def tstr(
     fake, fake_labels, train, train_labels, real, real_labels, *, n_pcs: int = 50, seed: int = 0
@@ -482,19 +502,7 @@ def tstr(
     groups = {k: (_cells(x, k), _labels_of(x, y, k)) for k, (x, y) in given.items()}
     if len({x.shape[1] for x, _ in groups.values()}) != 1:
         raise InputError("fake, train and real differ in genes: give all three in the same gene order")
-    rng = np.random.default_rng(seed)
-    picked: dict[str, list[np.ndarray]] = {"fake": [], "train": []}
-    n_fake, n_train = (len(groups[k][1]) for k in ("fake", "train"))
-    delivered = set(groups["fake"][1])
-    for label in [*np.unique(groups["fake"][1]), *(t for t in np.unique(groups["train"][1]) if t not in delivered)]:
-        where = {k: np.flatnonzero(groups[k][1] == label) for k in picked}
-        m = min(map(len, where.values()))
-        if label not in delivered:                      # the control learns it from as many cells as there should have been
-            picked["train"].append(rng.choice(where["train"], max(1, min(len(where["train"]), round(n_fake * len(where["train"]) / n_train))), replace=False))
-            continue
-        for k, chosen in picked.items():
-            chosen.append(rng.choice(where[k], m, replace=False))
-    rows = {k: np.sort(np.concatenate(v)) if v else np.zeros(0, int) for k, v in picked.items()}
+    rows = _rows_to_learn_from(groups["fake"][1], groups["train"][1], np.random.default_rng(seed))
     learned = {k: groups[k][1][r] for k, r in rows.items()}
     names = sorted(map(str, set(learned["train"]) & set(groups["real"][1])), key=lambda t: (len(t), t))
     if len(set(learned["fake"]) & set(names)) < 2:
