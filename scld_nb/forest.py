@@ -118,6 +118,16 @@ def _votes_cut_at(forest, cells, depth: int) -> np.ndarray:
         votes += shares[:, 1] / shares.sum(axis=1)
     return votes / len(forest.estimators_)
 
+# %% ../nbs/09_forest.ipynb #c016e
+def _folds(n: int, folds: int, seed: int, paired: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Training and held-out rows of n real cells stacked on n synthetic ones; `paired`: rows i of both share a fold."
+    if folds < 2:
+        raise InputError(f"folds is {folds}: cross-validation needs at least 2")
+    if paired:
+        splits = KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))
+        return [tuple(np.r_[rows, rows + n] for rows in part) for part in splits]
+    return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), np.repeat([1, 0], n)))
+
 # %% ../nbs/09_forest.ipynb #c017
 def rf_aucs(
     real,
@@ -159,11 +169,7 @@ def rf_aucs(
     cells, is_real = _stack([real, fake]), np.repeat([1, 0], n)
     areas: dict[int | None, list[float]] = {depth: [] for depth in max_depths}
     deepest = None if None in areas else max(depth for depth in areas if depth is not None)
-    if paired:
-        splits = [tuple(np.r_[rows, rows + n] for rows in part) for part in KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))]
-    else:
-        splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), is_real)
-    for fit, held in splits:
+    for fit, held in _folds(n, folds, seed, paired):
         x_fit, x_held = cells[fit], cells[held]
         if n_pcs is not None:
             with _threads(cells):
@@ -224,7 +230,7 @@ def rf_auc(
     ------
     InputError
         If the sides differ in genes or number of cells, hold values that are not finite, or are
-        smaller than the number of folds.
+        smaller than the number of folds, or if there are fewer than 2 folds.
 
     References
     ----------

@@ -16,12 +16,11 @@ from scipy.stats import ks_2samp, pearsonr, spearmanr
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
-from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.utils.parallel import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
 from .data import TARGET_SUM, InputError
-from .forest import RFResult, _cells, _pair, _threads
+from .forest import RFResult, _cells, _folds, _pair, _threads
 from .metrics import label_classifier
 
 # %% ../nbs/09_suite.ipynb #c002b
@@ -43,16 +42,6 @@ from scld_nb.neighbours import (
 )
 
 # %% ../nbs/09_suite.ipynb #c009
-def _folds(n: int, folds: int, seed: int, paired: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    "Training and held-out rows of n real cells stacked on n synthetic ones; the folds of `rf_aucs`."
-    if folds < 2:
-        raise InputError(f"folds is {folds}: cross-validation needs at least 2")
-    if paired:
-        splits = KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))
-        return [tuple(np.r_[rows, rows + n] for rows in part) for part in splits]
-    return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(2 * n), np.repeat([1, 0], n)))
-
-
 def _each_fold(judge, splits: Sequence, n_jobs: int | None) -> list[float]:
     "The judge's area on each fold; several folds at once, each on one thread, since threads within a fold would wait for one another."
     def alone(fit, held) -> float:

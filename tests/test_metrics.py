@@ -174,6 +174,13 @@ def test_rf_auc_refuses(real, fake, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_forest_needs_two_folds():
+    cells = np.random.default_rng(0).normal(size=(2, 9, 4))
+    for folds in (1, 0, -1):
+        with pytest.raises(InputError, match=f"folds is {folds}: cross-validation needs at least 2"):
+            rf_auc(*cells, folds=folds, n_trees=2)
+
+
 def test_null_sd_is_that_of_the_mann_whitney_statistic():
     rng, n = np.random.default_rng(0), 40
     ranks = np.array([rng.permutation(2 * n)[:n].sum() for _ in range(20_000)])
