@@ -162,12 +162,12 @@ def gene_annotation(var: pd.DataFrame) -> pd.DataFrame:
     pandas.DataFrame
         Same index. Columns in which a text is missing or repeats are categorical, as anndata writes them.
     """
-    out = pd.DataFrame(index=var.index)
+    out = {}
     for column, values in var.loc[:, ~var.columns.duplicated()].items():
         texts = values.astype(object).where(values.notna(), None)
         if isinstance(column, str) and pd.api.types.infer_dtype(texts, skipna=True) == "string":
             out[column] = texts if texts.is_unique and texts.notna().all() else pd.Categorical(texts)
-    return out
+    return pd.DataFrame(out, index=var.index)
 
 # %% ../nbs/00_cells.ipynb #c036
 TARGET_SUM = 20_000.0  # library size of every cell after normalisation, as in scGAN and the paper

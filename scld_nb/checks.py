@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}); choose another with -o") from None
 
 # %% ../nbs/40_checks.ipynb #c017c
-MODEL_FILES = ("config.json", "weights.safetensors", "genes.txt", "labels.json", "train.h5ad", "test.h5ad")
+MODEL_FILES = ("config.json", "weights.safetensors", "genes.txt", "genes.json", "labels.json", "train.h5ad", "test.h5ad")
 
 # %% ../nbs/40_checks.ipynb #c018
 def check_output(path: Path) -> None:
@@ -268,9 +268,11 @@ def _counts_only(cells: "AnnData") -> "AnnData":
     """The same cells with integer counts in ``X`` and their label, ready for ``scld evaluate``."""
     import anndata
 
+    from scld_nb.cells import gene_annotation
+
     facts = cells.uns["scld_data"]
     return anndata.AnnData(
-        cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=cells.var[[]], uns={"scld_data": facts}
+        cells.layers["counts"], obs=cells.obs[[facts["labels_key"]]], var=gene_annotation(cells.var), uns={"scld_data": facts}
     )
 
 # %% ../nbs/40_checks.ipynb #c027

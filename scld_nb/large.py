@@ -25,6 +25,7 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm import tqdm
 
+from .cells import gene_annotation
 from scld_nb.data import (
     TARGET_SUM,
     CellReader,
@@ -388,6 +389,8 @@ class DiskCells:
         Names of all cells of the file, where they are not read from it.
     uns
         As in AnnData; `load_on_disk` leaves its record there.
+    var
+        Other names of the chosen genes, see `scld_nb.cells.gene_annotation`; ``None``: there are none.
     """
 
     counts: DiskCounts
@@ -396,6 +399,7 @@ class DiskCells:
     known: dict = field(default_factory=dict)
     index: pd.Index | None = None
     uns: dict = field(default_factory=dict)
+    var: pd.DataFrame | None = None
 
     @property
     def n_obs(self) -> int:
@@ -476,7 +480,7 @@ class DiskCells:
             rows = self.counts._chosen(rows, 0)
             known = {k: v.iloc[rows] if isinstance(v, pd.Series) else v[rows] for k, v in self.known.items()}
             out = replace(out, rows=rows if self.rows is None else self.rows[rows], known=known)
-        return out if genes is None else replace(out, var_names=self.var_names[genes])
+        return out if genes is None else replace(out, var_names=self.var_names[genes], var=None if self.var is None else self.var.iloc[genes])
 
     def reader(self, **options) -> DiskReader:
         """A `DiskReader` of these cells."""
@@ -486,12 +490,23 @@ class DiskCells:
         """Some of the cells (ascending; default: all) as AnnData with counts in ``X``."""
         part = self if rows is None else self.take(rows)
         obs = part.obs(*columns).set_axis(pd.Index(part.names(np.arange(part.n_obs)), dtype=object), axis=0)
-        return ad.AnnData(part.counts[:], obs=obs, var=pd.DataFrame(index=self.var_names), uns=dict(self.uns))
+        return ad.AnnData(part.counts[:], obs=obs, var=pd.DataFrame(index=self.var_names) if self.var is None else self.var.copy(), uns=dict(self.uns))
 
 # %% ../nbs/00_large.ipynb #c025b
 def _values(node):
     """The strings of an index: a plain data set or, as anndata writes strings that may be missing, a group that holds one."""
     return node["values"] if isinstance(node, h5py.Group) else node
+
+
+def _other_names(var: h5py.Group, names: pd.Index) -> pd.DataFrame:
+    """The text columns of ``var`` in a file. One that cannot be read is left out: the counts are there all the same."""
+    found = {}
+    for column in map(str, var.attrs.get("column-order", ())):
+        try:
+            found[column] = pd.Series(read_elem(var[column])).set_axis(names)
+        except Exception as error:                             # of a later version of anndata, or damaged
+            warnings.warn(f"column {column!r} of var cannot be read ({_one_line(error)}) and is left out", stacklevel=3)
+    return gene_annotation(pd.DataFrame(found, index=names))
 
 
 def _checked_names(names, slot: str, expected: int) -> pd.Index:
@@ -528,7 +543,7 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
     try:
         if adata is not None:
             return DiskCells(counts, _checked_names(adata.var_names, counts.slot, counts.shape[1]), known={c: adata.obs[c] for c in adata.obs},
-                             index=adata.obs_names)
+                             index=adata.obs_names, var=gene_annotation(adata.var))
         var, obs = counts._file["var"], counts._file["obs"]
         names = _checked_names(read_elem(var[var.attrs["_index"]]), counts.slot, counts.shape[1])
         if (n := len(_values(obs[obs.attrs["_index"]]))) != counts.shape[0]:
@@ -537,7 +552,7 @@ def open_cells(source: str | Path | ad.AnnData | DiskCells, *, layer: str | None
         raise
     except Exception as error:                                 # h5py, anndata and pandas have many for a damaged file
         raise counts._damaged(f"obs or var cannot be read ({_one_line(error)})") from None
-    return DiskCells(counts, names)
+    return DiskCells(counts, names, var=_other_names(var, names))
 
 # %% ../nbs/00_large.ipynb #c028a
 def _expression(cells: DiskCells, min_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -178,7 +178,7 @@ class _Parts:
         self.label_counts: list[int] = np.bincount(self._codes, minlength=len(self.labels)).tolist()
         self.config = for_many_cells(self.config, len(self._codes), options)
         self.genes = [str(g) for g in cells.var_names]
-        self.var = gene_annotation(cells.var).set_axis(self.genes) if isinstance(cells, ad.AnnData) else pd.DataFrame(index=self.genes)
+        self.var = gene_annotation(pd.DataFrame(index=cells.var_names) if cells.var is None else cells.var).set_axis(self.genes)
         if any("\n" in g for g in self.genes):
             raise InputError("a name in var_names holds a line break; rename that gene")
         reader: CellReader

@@ -1138,3 +1138,16 @@ def test_a_model_that_is_being_replaced_is_none_until_all_of_it_is_there(files, 
     monkeypatch.setattr(checks, "write_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
     assert call(f"train {files}/cells.h5ad -o {tmp_path}/m --overwrite --labels cell_type --steps 2 --device cpu {SETTINGS}") == 2
     assert not {"config.json", "train.h5ad", "test.h5ad"} & {f.name for f in (tmp_path / "m").iterdir()}
+
+
+@pytest.mark.parametrize("backed", ["", "--backed"])
+def test_other_names_of_genes_reach_every_file(files, tmp_path, backed):
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    cells.var["gene_ids"] = [f"ENSG{i:05d}" for i in range(cells.n_vars)]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert call(f"train {tmp_path}/cells.h5ad -o {tmp_path}/m --labels cell_type --steps 4 --ae-steps 4 --device cpu {backed} {SETTINGS}") == 0
+    assert call(f"sample {tmp_path}/m -n 5 -o {tmp_path}/drawn.h5ad --device cpu") == 0
+    for name in ("m/train.h5ad", "m/test.h5ad", "drawn.h5ad"):
+        there = ad.read_h5ad(tmp_path / name)
+        assert there.n_vars > 20 and there.var["gene_ids"].tolist() == cells.var.loc[there.var_names, "gene_ids"].tolist()
+    assert (tmp_path / "m" / "genes.json").exists()

@@ -994,3 +994,33 @@ def test_missing_texts_and_nullable_numbers_can_be_written(tmp_path):
     assert list(obs["text"]) == ["a", "", "", "b"] * 2
     np.testing.assert_array_equal(obs["number"], [1, np.nan, 2, 3] * 2)
     np.testing.assert_array_equal(obs["yes"], [1, 0, np.nan, 1] * 2)
+
+
+# ---- what genes are called
+
+
+def test_other_names_of_genes_are_read_and_go_with_the_cells(cells, tiny, tmp_path):
+    named = cells.copy()
+    named.var["gene_ids"] = [f"ENSG{i:05d}" for i in range(cells.n_vars)]
+    named.var["feature_types"] = pd.Categorical(["Gene Expression"] * cells.n_vars)
+    named.var["means"] = 0.5
+    named.write_h5ad(tmp_path / "cells.h5ad")
+    some = np.arange(cells.n_vars) % 3 == 1
+    for there in (open_cells(tmp_path / "cells.h5ad"), open_cells(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"))):
+        assert list(there.var) == ["gene_ids", "feature_types"]
+        part = there.take(genes=some).to_memory(np.arange(3))
+        assert part.var["gene_ids"].tolist() == named.var["gene_ids"][some].tolist() and part.var_names.equals(named.var_names[some])
+    loaded = load_on_disk(tmp_path / "cells.h5ad", labels="cell_type")
+    assert loaded.var["gene_ids"].tolist() == named.var.loc[loaded.var_names, "gene_ids"].tolist()
+    assert SCLD(tmp_path / "cells.h5ad", "cell_type", device="cpu", **tiny).var["gene_ids"].tolist() == named.var["gene_ids"].tolist()
+
+
+def test_names_of_genes_that_cannot_be_read_do_not_stop_a_training(cells, tmp_path):
+    named = cells.copy()
+    named.var["gene_ids"], named.var["symbol"] = [f"ENSG{i:05d}" for i in range(cells.n_vars)], [f"s{i}" for i in range(cells.n_vars)]
+    named.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as f:
+        f["var/gene_ids"].attrs["encoding-type"] = "of-the-future"
+    with pytest.warns(UserWarning, match="column 'gene_ids' of var cannot be read .* left out"):
+        there = open_cells(tmp_path / "cells.h5ad")
+    assert list(there.var) == ["symbol"] and there.n_obs == cells.n_obs
