@@ -221,7 +221,12 @@ class _Parts:
             self.scorer = Scorer(n_genes).to(self.device)
         for module in (self.autoencoder, self.denoiser, self.scorer):
             module.eval()
-        self._untouched = True
+        self._made, self._untouched = self._shapes(), True
+
+    def _shapes(self) -> dict[str, tuple]:
+        """What every weight is called, and its shape: with the schedule, all that a saved model is rebuilt to."""
+        parts = {"autoencoder": self.autoencoder, "denoiser": self.denoiser, "scorer": self.scorer}
+        return {f"{part}.{name}": tuple(value.shape) for part, module in parts.items() for name, value in module.state_dict().items()}
 
     def _start_anew(self, reader: CellReader) -> None:
         """Networks as they were made, whatever was trained since."""
@@ -740,6 +745,8 @@ class _Learns(_SamplesInChunks):
         if reader is None:
             raise InputError("a loaded model holds no training cells; construct SCLD(adata, ...) to train")
         c, folder = self.config, None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        if resume and folder is None:
+            raise InputError("resume=True goes on from checkpoints; give their folder with checkpoint_dir=")
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"checkpoint_dir {folder} is a file; give a folder")
         max_steps, ae_steps = self.training_steps(max_steps, ae_steps)
@@ -784,7 +791,7 @@ class _Learns(_SamplesInChunks):
                 self.autoencoder, self._encoder_reader(reader), steps=ae_steps, checkpoint=file("autoencoder"),
                 **common | ({} if c.head == "mse" else {"ema": None})  # a few passes at a falling step size: an average would lag
             )
-            self._note("autoencoder", done, keep_partial, common["budget_s"], f"{max_steps} steps of the denoiser")
+            self._note("autoencoder", done, ae_steps, keep_partial, common["budget_s"], f"{max_steps} steps of the denoiser")
         common["basis"] = team.on_main(lambda: _weights_hash(self.autoencoder))      # as they were learned: what follows rounds as the device does
         latents, spread = self._latents(reader, folder)
         team.adopt(self.autoencoder)
@@ -801,7 +808,7 @@ class _Learns(_SamplesInChunks):
             checkpoint=file("denoiser"),
             **common,
         )
-        self._note("denoiser", done, keep_partial, common["budget_s"], "the Scorer" if scorer else "")
+        self._note("denoiser", done, max_steps, keep_partial, common["budget_s"], "the Scorer" if scorer else "")
         if scorer:
             self._train_scorer(reader, sampling_steps, progress)
         return self
@@ -864,7 +871,7 @@ class _Learns(_SamplesInChunks):
         self.autoencoder.load_state_dict(weights)
         self.history["autoencoder"] = other.history["autoencoder"] | {"shared": True}
 
-    def _note(self, stage: str, done: FitResult, keep_partial: bool, budget_s: float | None, following: str) -> None:
+    def _note(self, stage: str, done: FitResult, asked: int, keep_partial: bool, budget_s: float | None, following: str) -> None:
         if done.interrupted and not keep_partial:
             raise KeyboardInterrupt(f"{stage} was interrupted at step {done.step}")
         self.history[stage] = {
@@ -874,6 +881,8 @@ class _Learns(_SamplesInChunks):
             "seconds": done.seconds,
             "interrupted": done.interrupted,
         } | ({} if budget_s is None else {"budget_s": budget_s})
+        if done.step > asked:
+            warnings.warn(f"the checkpoint of the {stage} has {done.step} steps already, more than the {asked} asked for; they are kept", stacklevel=3)
         if done.interrupted:
             warnings.warn(
                 f"{stage} was interrupted at step {done.step}; the weights reached so far are kept"
@@ -954,6 +963,10 @@ class SCLD(_Learns):
     Wang et al. 2023, arXiv 2312.14220.
     """
 
+    def _learned(self) -> None:
+        if "autoencoder" not in self.history:
+            raise InputError("the model is not trained yet: its latents mean nothing; call train() first")
+
     def get_latent_representation(self, adata: Cells | None = None, *, layer: str | None = None) -> np.ndarray:
         """Standardised latents Round(x), float32, ``(n_cells, latent)``; training cells if ``adata`` is not given.
 
@@ -962,16 +975,61 @@ class SCLD(_Learns):
         Raises
         ------
         InputError
-            If genes of the model are missing in ``adata``, or it is not given to a loaded model.
+            If the model is not trained, genes of it are missing in ``adata``, or it is not given to a loaded model.
         """
+        self._learned()
         reader = self._encoder_reader(self._read(adata, layer))
         return encode_cells(self.autoencoder, reader, device=self.device).numpy()
+
+    def decode(self, latents: np.ndarray, *, seed: int = 0) -> ad.AnnData:
+        """Cells at given places of the latent space: means of latents, steps from one cell to another, a diffusion of one's own.
+
+        Parameters
+        ----------
+        latents
+            Standardised latents as `get_latent_representation` returns them, ``(n, latent)``, with a count head ``(n, latent + 1)``:
+            the last column is the standardised logarithm of the library size, which stays within that of the training cells.
+        seed
+            Of the counts that a count head draws; the same seed gives the same cells.
+
+        Returns
+        -------
+        Cells as `sample` delivers them, without labels: ``obs`` has the Scorer's ``score``, NaN where there is no Scorer.
+
+        Raises
+        ------
+        InputError
+            If the model is not trained, or latents have another shape or values that are not finite.
+        """
+        self._learned()
+        width = self.autoencoder.latent_mean.numel()
+        z = np.asarray(latents)
+        if z.ndim != 2 or z.shape[1] != width or z.dtype.kind not in "fiu" or not np.isfinite(z).all():
+            raise InputError(f"latents must be finite numbers of shape (n, {width}), as get_latent_representation() returns them; got shape {z.shape}, {z.dtype}")
+        if not len(z):
+            raise InputError("no latents were given; give at least one row")
+        cells: list[sparse.csr_matrix] = []
+        scores: list[np.ndarray] = []
+        with reduced_precision(self.device, self.config.precision), torch.no_grad():
+            for b, start in enumerate(range(0, len(z), 1024)):
+                part = torch.from_numpy(z[start : start + 1024].astype(np.float32)).to(self.device)
+                made, score = self._finished(part, counter_seed(seed, "counts", b))
+                cells.append(made)
+                scores.append(score)
+        out = ad.AnnData(
+            X=sparse.vstack(cells, format="csr"),
+            obs=pd.DataFrame({"score": np.concatenate(scores)}, index=[f"scld_{i}" for i in range(len(z))]),
+            var=self.var.copy(),
+        )
+        out.uns["scld"] = {"scale": self._scale(), "target_sum": TARGET_SUM, "version": __version__, "model": self.fingerprint, "seed": seed}
+        return out
 
     def reconstruct(self, adata: Cells | None = None, *, layer: str | None = None) -> ad.AnnData:
         """Map(Round(x)) of real cells: what the decoder alone makes of them, the bound for every generated cell.
 
         A count head draws: a latent near Round's answer, and counts with the cell's own library size. Names and labels of the cells are kept.
         """
+        self._learned()
         reader, x = self._encoder_reader(self._read(adata, layer)), []
         with torch.no_grad():
             for b, block in enumerate(reader.blocks(2048)):
@@ -1002,10 +1060,15 @@ class SCLD(_Learns):
         Raises
         ------
         InputError
-            If the model is not trained.
+            If the model is not trained, or if networks or schedule were replaced by others.
         """
         if "denoiser" not in self.history:
             raise InputError("the model is not trained; there is nothing to save yet")
+        c, now = self.config, self._shapes()
+        if other := [name for name in {*self._made, *now} if self._made.get(name) != now.get(name)]:
+            raise InputError(f"{min(other)} is not what SCLD made of its settings, and load() could not rebuild it; save networks of your own with torch.save")
+        if not torch.equal(self.schedule.betas, linear_schedule(c.T, beta_1=c.beta_1, beta_T=c.beta_T).betas):
+            raise InputError("the noise schedule is not that of the settings, and load() would bring that one back; set T, beta_1 and beta_T instead")
         folder = Path(folder).expanduser()
         if placed()[0] > 0:
             return folder  # of several processes, the main one writes

@@ -176,7 +176,7 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     Raises
     ------
     InputError
-        For an unknown sampler, spacing or variance, or a number of steps outside ``1..T``.
+        For an unknown sampler, spacing or variance, a number of steps outside ``1..T``, or a start of another shape.
     TrainingError
         If latents are not finite in the end.
 
@@ -190,13 +190,15 @@ def sample_latents(eps_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         raise InputError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
     if steps is not None and not 1 <= steps <= schedule.T:
         raise InputError(f"sampling steps must lie in 1..{schedule.T}, got {steps}")
+    if start is not None and tuple(start.shape) != tuple(shape):
+        raise InputError(f"start must have shape {tuple(shape)}, got {tuple(start.shape)}")
     plan = schedule.respace(steps, spacing=spacing or ("logsnr" if sampler.endswith("dpm++") else "time"))
     generator = torch.Generator().manual_seed(counter_seed(seed, "sampling"))
 
     def draw() -> torch.Tensor:
         return send([torch.randn(shape, generator=generator)], torch.device(device))[0]
 
-    z = draw() if start is None else start.to(device)
+    z = draw() if start is None else start.to(device, torch.float32)
     levels, z0_before = plan.timesteps.to(z.device), None
     with torch.no_grad():
         for t in range(plan.T, 0, -1):
@@ -224,7 +226,7 @@ def guided_sampler(denoiser: Denoiser, k: torch.Tensor, omega: float, *,
     Parameters
     ----------
     denoiser
-        The trained denoiser, in evaluation mode.
+        The trained denoiser, in evaluation mode; one without `embed` is called without a table of embeddings.
     k
         Condition index of each row, shape ``(n,)``.
     omega
@@ -237,8 +239,9 @@ def guided_sampler(denoiser: Denoiser, k: torch.Tensor, omega: float, *,
     Callable
         ``eps_of(z, t)``; Embed has run once, when this function was called.
     """
+    embed = getattr(denoiser, "embed", None)
     with torch.no_grad():
-        table = denoiser.embed()
+        table = None if embed is None else embed()
 
     def eps_of(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with reduced_precision(z.device, precision):

@@ -1144,3 +1144,60 @@ def test_draws_do_not_replace_the_cells_beside_a_model(tiny_model, saved, tmp_pa
     for path in (saved / "cells.h5ad", tmp_path / "train.h5ad"):           # another name, and a folder without a model
         tiny_model.sample_to(path, 3, progress=False)
         assert ad.read_h5ad(path).n_obs == 3
+
+
+# ---- latents of one's own, and networks of one's own
+
+
+def test_decode_is_the_way_back(cells, tiny, tiny_model):
+    z = tiny_model.get_latent_representation(cells)
+    back = tiny_model.decode(z)
+    assert (back.X != tiny_model.reconstruct(cells).X).nnz == 0 and back.uns["scld"]["scale"] == "log1p20k"
+    assert list(back.obs) == ["score"] and back.obs["score"].between(0, 1).all() and list(back.var_names) == tiny_model.genes
+    counted = SCLD(cells, "cell_type", device="cpu", **tiny | {"head": "zinb"}).train(5, ae_steps=30, scorer=False, progress=False)
+    z = counted.get_latent_representation(cells)
+    first, again, other = (counted.decode(z, seed=seed) for seed in (0, 0, 1))
+    assert (first.X != again.X).nnz == 0 < (first.X != other.X).nnz and first.X.dtype == np.int32 and first.obs["score"].isna().all()
+    large = z.copy()
+    large[:, -1] = 3.0                                                     # library sizes far above the usual
+    assert counted.decode(large).X.sum() > 1.3 * first.X.sum()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda z: z[:, :-1], "must be finite numbers of shape"), (lambda z: z[0], "must be finite numbers of shape"),
+    (lambda z: np.where(z > 0, np.nan, z), "must be finite numbers"), (lambda z: z.astype(str), "must be finite numbers"),
+    (lambda z: z[:0], "no latents were given")])
+def test_latents_that_cannot_be_decoded(cells, tiny_model, change, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model.decode(change(tiny_model.get_latent_representation(cells)))
+
+
+def test_an_untrained_model_has_no_latents(cells, tiny):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    for call in (model.get_latent_representation, model.reconstruct, lambda: model.decode(np.zeros((1, 16)))):
+        with pytest.raises(InputError, match="not trained yet"):
+            call()
+
+
+def test_what_load_could_not_rebuild_is_not_saved(cells, tiny, tmp_path):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny).train(2, scorer=False, progress=False)
+    own = copy.deepcopy(model)
+    own.denoiser.unet = torch.nn.Linear(3, 3)
+    with pytest.raises(InputError, match="denoiser.unet.* is not what SCLD made of its settings"):
+        own.save(tmp_path / "own")
+    own = copy.deepcopy(model)
+    own.schedule = model_module.linear_schedule(model.config.T, beta_1=1e-3, beta_T=0.5)
+    with pytest.raises(InputError, match="noise schedule is not that of the settings"):
+        own.save(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    SCLD.load(model.save(tmp_path / "model")).save(tmp_path / "again")
+
+
+def test_resume_wants_a_folder_and_says_when_more_was_done(cells, tiny, tmp_path):
+    model = SCLD(cells, "cell_type", device="cpu", **tiny)
+    with pytest.raises(InputError, match="give their folder with checkpoint_dir="):
+        model.train(4, resume=True)
+    model.train(6, ae_steps=6, scorer=False, checkpoint_dir=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="checkpoint of the denoiser has 6 steps already, more than the 4 asked for"):
+        model.train(4, ae_steps=6, scorer=False, checkpoint_dir=tmp_path, resume=True, progress=False)
+    assert model.history["denoiser"]["steps"] == 6

@@ -372,3 +372,23 @@ def test_the_denoiser_is_asked_in_the_precision_given(monkeypatch):
     monkeypatch.setattr(sampling, "reduced_precision", lambda device, precision: seen.append(precision) or nullcontext())
     sampling.guided_sampler(net, torch.zeros(4, dtype=torch.long), 0.0, precision="bf16")(torch.randn(4, 6), torch.full((4,), 3))
     assert seen == ["bf16"]
+
+
+def test_a_start_of_another_shape_is_refused_and_doubles_are_taken():
+    schedule = linear_schedule(8, beta_1=0.05, beta_T=0.6)
+    draw = lambda start: sample_latents(lambda z, t: torch.zeros_like(z), schedule, (3, 2), sampler="ddim", start=start)  # noqa: E731
+    with pytest.raises(InputError, match=r"start must have shape \(3, 2\), got \(3, 5\)"):
+        draw(torch.zeros(3, 5))
+    assert torch.equal(draw(torch.ones(3, 2, dtype=torch.float64)), draw(torch.ones(3, 2)))
+
+
+def test_a_denoiser_without_embeddings_can_be_guided():
+    class Own(torch.nn.Module):
+        n_clusters = 2
+
+        def forward(self, z, t, k, table=None):
+            return z * (k + 1)[:, None]
+
+    z, t, k = torch.ones(2, 3), torch.full((2,), 4), torch.tensor([0, 1])
+    out = guided_sampler(Own(), k, 1.0)(z, t)
+    assert torch.allclose(out, 2 * z * (k + 1)[:, None] - 3 * z)
