@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import (  # noqa: F401
         autoencoder, baselines, cells, checks, cli, config, controls, counts, data, datasets, distributed, draws,
-        evaluation, experiments, forest, growing, guidance, large, metrics, model, neighbours, plan, plots, report,
+        evaluation, experiments, forest, growing, guidance, large, limits, metrics, model, neighbours, plan, plots, report,
         running, sampling, schedules, scorer, study, suite, training, unet,
     )
     from .cells import InputError
