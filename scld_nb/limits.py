@@ -116,7 +116,7 @@ def perfect_model(train: ad.AnnData, n: int, labels_key: str | None = None, *, l
     labels_key
         Column of ``obs`` with labels, whose proportions are taken as known.
     layer
-        Layer that holds the counts, see `scld_nb.data.counts_matrix`.
+        Layer that holds the counts, see `scld_nb.cells.counts_matrix`.
     seed
         Which cells, and how far off.
 
