@@ -96,7 +96,7 @@ def test_a_broken_installation_is_named(cells, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"mode": "posterior"}, "mode must be 'aggregated' or 'prior', got 'posterior'"), ({"n_latent": 0}, "n_latent must be 1 or more, got 0"),
     ({"batch_size": 1}, "batch_size must be 2 or more, got 1"), ({"components": 0}, "components must be 1 or more, got 0"),
-    ({"steps": 0}, "steps must be a positive integer"),
+    ({"steps": 0}, "steps must be a whole number of at least 1"),
 ])
 def test_bad_settings(change, message):
     with pytest.raises(InputError, match=message):

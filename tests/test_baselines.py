@@ -67,11 +67,11 @@ def test_ctrl_c_keeps_what_was_learnt(cells):
 
 
 @pytest.mark.parametrize("act, message", [
-    (lambda c: Counter(steps=0), "steps must be a positive integer, got 0"),
+    (lambda c: Counter(steps=0), "steps must be a whole number of at least 1, got 0"),
     (lambda c: Counter(budget_s=0), "budget_s must be a positive number of seconds, got 0"),
     (lambda c: Counter().sample(1), "counter is not fitted; call fit"),
     (lambda c: Counter().fit(c, "type"), "no column 'type' in obs; there are: cell_type"),
-    (lambda c: Counter().fit(c).sample(0), "n must be a positive integer, got 0"),
+    (lambda c: Counter().fit(c).sample(0), "n must be a whole number of at least 1, got 0"),
     (lambda c: Counter().fit(c).sample(1, "B"), "unknown label 'B'; known: none, fit with labels_key"),
     (lambda c: Counter().fit(c, "cell_type").sample(1, "x"), "unknown label 'x'; known: B, NK, T"),
     (lambda c: make_baseline("gan"), "unknown baseline 'gan'; known: random, splatter"),
