@@ -5,9 +5,14 @@
 # %% auto #0
 __all__ = ['competitor_cost', 'read_results', 'table3', 'summarise', 'mean_sd', 'verdict', 'paper_beside', 'ablation', 'table4',
            'figure5', 'table5', 'table5_beside', 'figure4', 'figure4_table', 'draw_figure4', 'draw_table3',
-           'check_parameters', 'choose', 'scratch_root']
+           'check_parameters', 'choose', 'load_plugins', 'scratch_root', 'COUNTED', 'FIGURE4_METHODS', 'FUSION_NAMES',
+           'GENES', 'HEAD', 'LARGEST_MMD', 'METHODS', 'OMEGAS', 'PAPER_SAMPLES', 'PAPER_TABLE3', 'PAPER_TABLE5',
+           'SCORED', 'TABLE5_METHODS', 'TARGET_CLUSTER', 'Budget', 'Study', 'default_methods', 'register_baseline',
+           'unregister_baseline', 'BUDGETS', 'PACKAGES', 'PAPER_TABLE4', 'project_root', 'provenance', 'read_budget',
+           'reuse_json', 'trained_model', 'variable_genes', 'write_json', 'write_text']
 
 # %% ../nbs/30_experiments.ipynb #c002
+import importlib
 import json
 import tempfile
 from collections.abc import Iterable
@@ -45,6 +50,8 @@ from scld_nb.study import (
     Budget as Budget,
     Study as Study,
     default_methods as default_methods,
+    register_baseline as register_baseline,
+    unregister_baseline as unregister_baseline,
 )
 
 # %% ../nbs/30_experiments.ipynb #c002e
@@ -61,6 +68,11 @@ from scld_nb.study import (
     write_json as write_json,
     write_text as write_text,
 )
+
+# %% ../nbs/30_experiments.ipynb #c002f
+_all_ = ["COUNTED", "FIGURE4_METHODS", "FUSION_NAMES", "GENES", "HEAD", "LARGEST_MMD", "METHODS", "OMEGAS", "PAPER_SAMPLES", "PAPER_TABLE3", "PAPER_TABLE5",
+         "SCORED", "TABLE5_METHODS", "TARGET_CLUSTER", "Budget", "Study", "default_methods", "register_baseline", "unregister_baseline", "BUDGETS", "PACKAGES",
+         "PAPER_TABLE4", "project_root", "provenance", "read_budget", "reuse_json", "trained_model", "variable_genes", "write_json", "write_text"]
 
 # %% ../nbs/30_experiments.ipynb #c035
 def _scld_cost(model: SCLD, post: bool) -> dict:
@@ -105,7 +117,24 @@ def _lines(found: Iterable[dict]) -> pd.DataFrame:
 
 
 def read_results(root: str | Path, dataset: str, experiment: str) -> pd.DataFrame:
-    """All stored records of an experiment, for redrawing tables and figures without training."""
+    """All stored records of an experiment, for redrawing tables and figures without training.
+
+    Parameters
+    ----------
+    root, dataset
+        The folder that has ``results/``, and the data set's folder in it.
+    experiment
+        Folder of the files: ``"table3"``, or with the tag of the budget, ``"table3-60s"``.
+
+    Returns
+    -------
+    One line per record, with the method and seed of its run, as the function of the table returns them.
+
+    Raises
+    ------
+    InputError
+        If there are no files.
+    """
     files = sorted((Path(root) / "results" / dataset / experiment).glob("*.json"))
     if not files:
         raise InputError(f"no results of {experiment!r} for {dataset!r} under {Path(root) / 'results'}; run reproduce.ipynb on that data set first")
@@ -160,6 +189,8 @@ def table3(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFram
 
     Parameters
     ----------
+    study
+        Cells, seeds, budget and folder.
     methods
         Any of `METHODS`: the control, the competitors with and without Scorer, the decoder alone, SCLD with and without pre- and
         post-guidance, and with labels drawn in training proportions instead of omega = -1 (decision 33). Default: `default_methods`.
@@ -197,6 +228,15 @@ def summarise(lines: pd.DataFrame, names: dict[str, str], metrics: Iterable[str]
     """Mean ± sd over seeds: one row per method in the order of ``names``, one column per metric and space.
 
     A method that failed on every seed shows dashes; the column ``note`` says why, or how much of a published training was done.
+
+    Parameters
+    ----------
+    lines
+        Of `table3`, `table4` or `read_results`.
+    names
+        Title of each method, `METHODS` or `FUSION_NAMES`; methods that are not in it are left out.
+    metrics
+        Of the records; "rf_auc" and "mmd_biased" have the short heads AUC and MMD.
     """
     pooled = lines[(lines["cluster"] == "all") & lines["metric"].isin(list(metrics))]
     rows = {}
@@ -264,6 +304,15 @@ def paper_beside(lines: pd.DataFrame, names: dict[str, str], paper: pd.DataFrame
     """`summarise` with the paper's numbers beside ours; a verdict only where the data set is the paper's.
 
     The paper computes in one space it does not name; ours beside it is ``counts20k`` (decision 23).
+
+    Parameters
+    ----------
+    lines, names
+        As in `summarise`.
+    paper
+        `PAPER_TABLE3` or `PAPER_TABLE4`; a method that is not in it has no figure there.
+    dataset
+        Name of the study's data set.
     """
     table = summarise(lines, names)
     back = {v: k for k, v in names.items()}
@@ -303,6 +352,13 @@ def table4(study: Study, *, fusions: Iterable[str] = tuple(FUSION_NAMES)) -> pd.
     """Table 4: the three fusions, one denoiser each on the same latents, holistic sampling, no Scorer.
 
     "Add" is SCLD's default, so its row is the run of SCLD † in Table 3, as in the paper.
+
+    Parameters
+    ----------
+    study
+        Cells, seeds, budget and folder.
+    fusions
+        Any of `FUSION_NAMES`.
     """
     fusions = list(fusions)
 
@@ -320,6 +376,8 @@ def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float]
 
     Parameters
     ----------
+    study
+        Cells, seeds, budget and folder.
     cluster
         The label asked for; default: the paper's for its sets, else the fifth largest label or the smallest there is.
     omegas
@@ -366,15 +424,17 @@ def figure5(study: Study, *, cluster: str | None = None, omegas: Iterable[float]
     return _lines(found), panels
 
 # %% ../nbs/30_experiments.ipynb #c053
-def table5(study: Study, *, methods: Iterable[str] = tuple(TABLE5_METHODS)) -> pd.DataFrame:
+def table5(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFrame:
     """Table 5: RF AUC within clusters 1, 2, 3 and 6, as far as the set has them; one line per method, seed, space and cluster.
 
     Parameters
     ----------
+    study
+        Cells, seeds, budget and folder.
     methods
-        Any of `TABLE5_METHODS`.
+        Any of `TABLE5_METHODS`; all of them if not given.
     """
-    methods = _known(methods, TABLE5_METHODS)
+    methods = _known(TABLE5_METHODS if methods is None else methods, TABLE5_METHODS)
     clusters = study.clusters()
     if not clusters:
         raise InputError("Table 5: none of the clusters 1, 2, 3 and 6 has 10 test cells here; leave it out with tables (-p tables 2,3,4)")
@@ -431,29 +491,35 @@ def table5_beside(lines: pd.DataFrame, dataset: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 # %% ../nbs/30_experiments.ipynb #c057
-def figure4(study: Study, *, methods: Iterable[str] = tuple(FIGURE4_METHODS)) -> pd.DataFrame:
+def figure4(study: Study, *, methods: Iterable[str] | None = None) -> pd.DataFrame:
     """Figure 4: seconds each training took, and hours its published number of steps would take on this device.
 
     Parameters
     ----------
+    study
+        Cells, seeds, budget and folder.
     methods
-        Any of `FIGURE4_METHODS`; SCLD is Round/Map and denoiser together, 20,000 steps each.
+        Any of `FIGURE4_METHODS`, all of them if not given; SCLD is Round/Map and denoiser together, 20,000 steps each.
     """
-    methods = _known(methods, FIGURE4_METHODS)
+    methods = _known(FIGURE4_METHODS if methods is None else methods, FIGURE4_METHODS)
 
     def make(method: str, seed: int) -> dict:
+        cost = {}
         if method == "scld":
             model = study.model("add", seed)
             stages = [(model.history[k]["seconds"], model.history[k]["steps"], full) for k, full in
                       (("autoencoder", Budget.ae_steps), ("denoiser", Budget.steps))]
             device = str(model.device)
         else:
-            history = json.loads(study.draws(method, seed).uns["competitor"])["history"]
+            about = json.loads(study.draws(method, seed).uns["competitor"])
+            history, cost = about["history"], {"settings": about["settings"]["baseline"]}
+            if not history.get("steps_published"):
+                raise InputError(f"{method} went through no training steps of a published number, which Figure 4 compares; leave it out of FIGURE4_METHODS")
             stages, device = [(history["train_seconds"], history["steps"], history["steps_published"])], study.device
         hours = sum(seconds / max(1, steps) * full for seconds, steps, full in stages) / 3600
         return {"records": [{"metric": "train_seconds", "space": "", "cluster": "all", "n": study.train.n_obs, "value": sum(s[0] for s in stages),
                              "steps": sum(s[1] for s in stages), "steps_published": sum(s[2] for s in stages), "hours_published": hours}],
-                "device_asked": device}
+                "device_asked": device, "cost": cost}
 
     return _lines([study.run("figure4", m, seed, lambda: make(m, seed), may_fail=m in BASELINES) for seed in study.seeds for m in methods])
 
@@ -543,6 +609,33 @@ def choose(name: str, given: str | int, known: list[str], *, none: bool = False)
         if part not in known:
             raise InputError(f"unknown value {part!r} in {name}; known: {', '.join(known)}{', or none' if none else ''}")
     return parts
+
+
+def load_plugins(names: str) -> list[str]:
+    """Import modules that register methods of their own with `register_baseline`.
+
+    Parameters
+    ----------
+    names
+        Names of modules, separated by commas; empty for none.
+
+    Returns
+    -------
+    The names, one by one.
+
+    Raises
+    ------
+    InputError
+        Naming the module that cannot be imported.
+    """
+    found = [name.strip() for name in str(names).split(",") if name.strip()]
+    for name in found:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"plugins: the module {name!r} cannot be imported ({why}); it must be installed or lie in {Path.cwd()}") from error
+    return found
 
 
 def scratch_root() -> Path:

@@ -6,15 +6,19 @@
 __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', 'HEAD', 'GENES', 'LARGEST_MMD', 'SCORED',
            'METHODS', 'COUNTED', 'TABLE5_METHODS', 'FIGURE4_METHODS', 'FUSION_NAMES', 'PAPER_TABLE3', 'PAPER_TABLE4',
            'PAPER_TABLE5', 'project_root', 'write_json', 'write_text', 'reuse_json', 'provenance', 'trained_model',
-           'Budget', 'read_budget', 'default_methods', 'variable_genes', 'Study']
+           'Budget', 'read_budget', 'default_methods', 'register_baseline', 'unregister_baseline', 'variable_genes',
+           'Study']
 
 # %% ../nbs/29_study.ipynb #c002
+import inspect
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +35,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from . import data
-from .baselines import BASELINES, TITLES, compete, installed_baselines
+from .baselines import BASELINES, TITLES, compete, drawn_settings, in_one_line, installed_baselines, own_settings, settings_now
+from .baselines.base import KNOWN_SCALES, Baseline
 from .data import InputError
 from .evaluation import SPACES, evaluate, expression, make_controls
 from .files import alone_in, replacing
@@ -124,12 +129,24 @@ def trained_model(train: ad.AnnData, labels_key: str, folder: str | Path, *, ste
 
     Parameters
     ----------
+    train, labels_key
+        Training cells with counts, and their label column.
     folder
         Where the model lives. One that was trained on the same cells with the same settings, seed and steps is reused.
+    steps, ae_steps
+        Denoiser and autoencoder steps, see `SCLD.train`.
+    seed, device, **options
+        Of the model, see `SCLD`.
     share
         A model whose Round/Map is taken over.
+    scorer
+        Whether a Scorer is trained as well.
+    sampling_steps
+        Steps per cell when the Scorer's fakes are drawn; ``None`` for all.
     budget_s
         Seconds for the whole training, see `SCLD.train`; a model that was trained under the same budget is reused.
+    progress
+        Show progress bars (default: on a terminal or in a notebook).
 
     Returns
     -------
@@ -284,6 +301,89 @@ def _paper_clusters(train: pd.Series, test: pd.Series) -> dict[str, tuple[str, i
     found = {k: ranked[int(k)] for k in PAPER_TABLE5.columns if int(k) < len(ranked)}
     return {k: (label, int(in_test[label])) for k, label in found.items() if in_test.get(label, 0) >= 10}
 
+# %% ../nbs/29_study.ipynb #c021e
+def register_baseline(cls: type[Baseline], title: str, *, table5: bool = False, figure4: bool = False) -> None:
+    """Make a competitor of one's own known to the tables, the figures and the plan, with and without Scorer.
+
+    Parameters
+    ----------
+    cls
+        Derived from `scld_nb.baselines.base.Baseline`, with a ``name`` of its own. Other options of one class are a subclass with
+        other defaults and another name.
+    title
+        Of its row in Table 3; the row behind the Scorer adds "+ Scorer".
+    table5
+        It has rows in Table 5, too: it draws cells of a label.
+    figure4
+        It has a bar in Figure 4, too: it trains by steps.
+
+    Raises
+    ------
+    InputError
+        If the class is none, or lacks something; if name or title are taken or no use as such.
+    """
+    _check_class(cls, figure4=figure4)
+    if not isinstance(title, str) or not title.strip() or title.endswith("+ Scorer"):
+        raise InputError(f"the title must be a text for the rows of the tables, not ending in '+ Scorer'; got {title!r}")
+    if title in METHODS.values():
+        raise InputError(f"the title {title!r} is taken by another row of the tables; choose another")
+    BASELINES[cls.name], TITLES[cls.name] = cls, title
+    rows = {cls.name: title, cls.name + SCORED: f"{title} + Scorer"}
+    _put_before(METHODS, rows, "reconstruction")
+    if table5:
+        _put_before(TABLE5_METHODS, rows, "scld_pre")
+    if figure4:
+        FIGURE4_METHODS[cls.name] = title
+    _REGISTERED.add(cls.name)
+
+
+_REGISTERED: set[str] = set()
+
+# %% ../nbs/29_study.ipynb #c021o
+def unregister_baseline(name: str) -> None:
+    """Forget a competitor of `register_baseline`; its stored results stay.
+
+    Raises
+    ------
+    InputError
+        If it was not registered, as the package's own are not.
+    """
+    if name not in _REGISTERED:
+        raise InputError(f"{name!r} was not registered; there are: {', '.join(sorted(_REGISTERED)) or 'none'}")
+    _REGISTERED.remove(name)
+    for rows in (BASELINES, TITLES, METHODS, TABLE5_METHODS, FIGURE4_METHODS):
+        for key in (name, name + SCORED):
+            rows.pop(key, None)
+
+# %% ../nbs/29_study.ipynb #c021h
+def _put_before(rows: dict[str, str], new: dict[str, str], key: str) -> None:
+    """Rows put in front of another, in the same dictionary."""
+    later = {k: rows.pop(k) for k in list(rows)[list(rows).index(key):]}
+    rows |= new | later
+
+
+def _check_class(cls: type[Baseline], *, figure4: bool) -> None:
+    """Refuse what is no competitor, or would be refused in every row."""
+    if not (isinstance(cls, type) and issubclass(cls, Baseline)):
+        raise InputError(f"a competitor is a class derived from scld_nb.baselines.base.Baseline, got {cls!r}")
+    name, whose = cls.name, f"the class {cls.__name__}"
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise InputError(f"{whose} has name = {name!r}; give it one of small letters, digits and _, which becomes part of file names")
+    if name in {*BASELINES, *METHODS, *FUSION_NAMES, Baseline.name}:
+        own = "unregister_baseline takes it back" if name in _REGISTERED else "give the class another"
+        raise InputError(f"the name {name!r} is taken; {own}")
+    if cls._learn is Baseline._learn or cls._draw is Baseline._draw:
+        raise InputError(f"{whose} must define _learn(self, counts) and _draw(self, n, code, seed)")
+    if cls.scale not in KNOWN_SCALES:
+        raise InputError(f"{whose} has scale = {cls.scale!r}; known: {', '.join(KNOWN_SCALES)}")
+    try:
+        inspect.signature(cls).bind(seed=0, steps=None, budget_s=None, device="cpu", progress=False)
+    except TypeError as error:
+        raise InputError(f"{whose} cannot be made with a seed and a budget ({error}); write def __init__(self, *, k=3, **options) "
+                         "and call super().__init__(**options)") from None
+    if figure4 and not cls.trains:
+        raise InputError(f"{whose} has trains = False, and Figure 4 compares trainings; leave figure4 out")
+
 # %% ../nbs/29_study.ipynb #c025
 def variable_genes(train: ad.AnnData, test: ad.AnnData, n_genes: int) -> tuple[ad.AnnData, ad.AnnData]:
     """Both parts with the genes that vary most among the training cells, in their old order, without cells that become empty.
@@ -328,30 +428,34 @@ class _ResultFiles:
     def path(self, experiment: str, method: str, seed: int) -> Path:
         return self.folder / f"{experiment}{self.tag}" / f"{method}-seed{seed}.json"
 
-    def stored(self, experiment: str, method: str, seed: int, *, labels_key: str, settings: dict) -> dict | None:
-        """A finished result of the same settings and labels."""
+    def stored(self, experiment: str, method: str, seed: int, *, labels_key: str, settings: dict, own: dict | None = None) -> dict | None:
+        """A finished result of the same settings and labels, and of a competitor with its ``own`` settings, if it noted them."""
         path = self.path(experiment, method, seed)
         if not path.exists():
             return None
         found = json.loads(path.read_text("utf-8"))
         settings = json.loads(json.dumps(settings, default=_plain))
         same = found.get("format") == 1 and found.get("settings") == settings and found.get("labels_key", labels_key) == labels_key
+        noted = (found.get("cost") or {}).get("settings")
+        same = same and (own is None or noted is None or own_settings(noted) == own)
         return found if same and not found.get("failed") else None
 
     def run(self, experiment: str, method: str, seed: int, make: Callable[[], dict], *, labels_key: str, settings: dict,
-            device: Callable[[], torch.device], may_fail: bool = False) -> dict:
+            device: Callable[[], torch.device], own: dict | None = None, may_fail: bool = False) -> dict:
         """A stored result, or what ``make()`` returns, stored with its provenance; ``device`` is asked afterwards, when there is a model."""
-        path, found = self.path(experiment, method, seed), self.stored(experiment, method, seed, labels_key=labels_key, settings=settings)
+        path, found = self.path(experiment, method, seed), self.stored(experiment, method, seed, labels_key=labels_key, settings=settings, own=own)
         if found is not None:
             self.reused.append(path)
             return found
         start = time.perf_counter()
         try:
             made = make()
-        except (InputError, TrainingError, MemoryError) as error:
+        except Exception as error:                      # not Ctrl-C and the like
             if not may_fail:
                 raise
-            made = {"records": [], "failed": " ".join(str(error).split()) or "out of memory"}
+            if not isinstance(error, InputError | TrainingError | MemoryError):
+                traceback.print_exception(error)
+            made = {"records": [], "failed": in_one_line(error)}
         record = {"format": 1, "dataset": self.dataset, "experiment": experiment, "method": method, "seed": seed,
                   "labels_key": labels_key, "settings": settings} | made
         record |= {"seconds": round(time.perf_counter() - start, 2), "provenance": provenance(device(), root=self.root)}
@@ -457,6 +561,8 @@ class Study:
         As in `SCLD`.
     root
         Folder that gets ``results/`` and ``runs/``; default: the project's.
+    progress
+        Show progress bars (default: on a terminal or in a notebook).
     **options
         Settings of the model, see `scld_nb.config.Config`.
     """
@@ -537,10 +643,15 @@ class Study:
         elif b.baselines != "paper" and BASELINES[name].trains:
             options = {"steps": int(b.baselines)}
         config = make_config(**({"head": "mse"} | self.options))
-        clusters = dict(self.clusters().values()) if name in TABLE5_METHODS else {}
+        clusters = dict(self.clusters().values()) if {name, name + SCORED} & set(TABLE5_METHODS) else {}
         return compete(name, self.train, self.labels_key, self.drawn / f"{name}-seed{seed}.h5ad", n=self.n, clusters=clusters, seed=seed, keep=config.keep,
                        transform=config.transform, scorer_cells=config.scorer_cells, device=self.device, progress=self.progress,
                        settings={"data_sha256": self.sha256, "n_train": self.train.n_obs, "n_genes": self.train.n_vars}, **options)
+
+    def has_draws(self, name: str, seed: int) -> bool:
+        """Whether there is a file for `draws` that the competitor made with the settings of its own that it has now."""
+        path, own = self.drawn / f"{name}-seed{seed}.h5ad", settings_now(name)
+        return path.exists() and (own is None or own_settings(drawn_settings(path)["baseline"]) == own)
 
     def clusters(self) -> dict[str, tuple[str, int]]:
         """Clusters 1, 2, 3 and 6 of Table 5: the label, and how many test cells it has; what the set does not have is left out.
@@ -551,7 +662,7 @@ class Study:
         return _paper_clusters(self.train.obs[self.labels_key], self.test.obs[self.labels_key])
 
     def settings(self, method: str = "scld") -> dict:
-        """What must agree for a stored result to be reused."""
+        """What must agree for a stored result to be reused; of competitors also what `own_settings` of the class says, see `stored`."""
         own = ("baselines", "count_steps", "count_ae_steps")
         budget = {k: v for k, v in asdict(self.budget).items() if k not in own and v is not None or k == "sampling_steps"}
         if method in COUNTED:
@@ -564,8 +675,19 @@ class Study:
         return budget | genes | {"data_sha256": self.sha256, "n_test": self.test.n_obs, "n_train": self.train.n_obs, "options": self.options}
 
     def stored(self, experiment: str, method: str, seed: int) -> dict | None:
-        """A finished result that was made with the same settings, data and labels."""
-        return self._files.stored(experiment, method, seed, labels_key=self.labels_key, settings=self.settings(method))
+        """A finished result that was made with the same settings, data and labels, and by a competitor with the settings it has now.
+
+        Parameters
+        ----------
+        experiment, method, seed
+            As in `run`.
+        """
+        return self._files.stored(experiment, method, seed, labels_key=self.labels_key, settings=self.settings(method), own=self._own(method))
+
+    def _own(self, method: str) -> dict | None:
+        """Settings of the competitor of a row as they are now; nothing for other rows."""
+        name = method.removesuffix(SCORED)
+        return settings_now(name) if name in BASELINES else None
 
     def path(self, experiment: str, method: str, seed: int) -> Path:
         """Where a result lives."""
@@ -574,10 +696,19 @@ class Study:
     def run(self, experiment: str, method: str, seed: int, make: Callable[[], dict], *, may_fail: bool = False) -> dict:
         """A stored result, or what ``make()`` returns, stored with its provenance.
 
-        With ``may_fail`` a method that cannot run on the data gets a result that holds the reason; it is tried again next time.
+        Parameters
+        ----------
+        experiment
+            Its folder, such as ``"table3"``.
+        method, seed
+            Of the file in it.
+        make
+            Called if there is no such result; returns ``{"records": [...]}`` and what else is to be kept.
+        may_fail
+            Any error of ``make()`` becomes a result that holds the reason, and is tried again next time.
         """
         return self._files.run(experiment, method, seed, make, labels_key=self.labels_key, settings=self.settings(method), device=self._device,
-                               may_fail=may_fail)
+                               own=self._own(method), may_fail=may_fail)
 
     def _device(self) -> torch.device:
         return next(iter(self._models.values())).device if self._models else torch.device("cpu")
@@ -599,11 +730,29 @@ class Study:
         return self._judge.gene_control(seed)
 
     def judge(self, cells: ad.AnnData, seed: int, method: str) -> list[dict]:
-        """Records of `scld_nb.evaluation.evaluate` against the held-out test cells, and the forest in gene space."""
+        """Records of `scld_nb.evaluation.evaluate` against the held-out test cells, and the forest in gene space.
+
+        Parameters
+        ----------
+        cells
+            As many as there are test cells, with their scale in ``uns["scld"]``.
+        seed, method
+            Of the row. Cells of ``"reconstruction"`` are twins of the test cells and are judged as such.
+        """
         return self._judge.records(cells, seed, method)
 
     def judge_cluster(self, cells: ad.AnnData, number: str, label: str, seed: int) -> list[dict]:
-        """RF AUC of cells of one label against the test cells of that label, beside training cells of it."""
+        """RF AUC of cells of one label against the test cells of that label, beside training cells of it.
+
+        Parameters
+        ----------
+        cells
+            Drawn for the label.
+        number, label
+            The cluster's number in the paper and its label here, as `clusters` has them.
+        seed
+            Of the row.
+        """
         return self._judge.cluster_records(cells, number, label, seed)
 
     def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:

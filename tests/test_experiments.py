@@ -364,6 +364,7 @@ def test_the_front_door_refuses_what_it_does_not_know(tmp_path):
     ({"dataset": "brain"}, "unknown dataset 'brain'; known: pbmc68k_reduced, pbmc68k, brain_small"),
     ({"tables": "7"}, "unknown value '7' in tables; known: 2, 3, 4, 5"),
     ({"methods": "scld,gan"}, "unknown value 'gan' in methods; known: positive, random"),
+    ({"plugins": "no_such_module"}, "plugins: the module 'no_such_module' cannot be imported .ModuleNotFoundError"),
     ({"budget": "long"}, "unknown budget 'long'; known: equal, paper, or a number of training steps")])
 def test_the_first_cells_of_the_front_door_refuse_it_before_any_work(parameter, message, monkeypatch):
     """The cells up to the one that reads the data, with the parameters in the place where papermill puts them."""
@@ -383,7 +384,7 @@ def test_random_baseline_repeats_the_pool_and_checks_its_input(study):
     assert many.n_obs == study.train.n_obs + 7 and list(many.var_names) == list(study.train.var_names)
     assert np.allclose(np.asarray(many.X.sum(1)).ravel(), 20_000, rtol=1e-4)
     assert (base.sample(20).X != RandomBaseline(seed=3).fit(study.train).sample(20).X).nnz == 0
-    with pytest.raises(InputError, match="n must be a positive integer"):
+    with pytest.raises(InputError, match="n must be a whole number of at least 1"):
         base.sample(0)
     with pytest.raises(InputError, match="unknown label 'x'; known: none, fit with labels_key"):
         RandomBaseline().fit(study.train).sample(3, label="x")

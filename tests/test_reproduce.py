@@ -79,6 +79,28 @@ def test_a_dry_run_lists_the_work_and_does_none(tmp_path):
     assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
 
 
+def test_a_method_of_ones_own_has_its_rows(tmp_path):
+    """The module lies in the folder one works in; its name is all the command says of it."""
+    (tmp_path / "my_methods.py").write_text("""
+from scld_nb.baselines.random import RandomBaseline
+from scld_nb.experiments import register_baseline
+
+
+class Mine(RandomBaseline):
+    name = "mine"
+
+
+register_baseline(Mine, "My own", table5=True)
+""")
+    given = {"dataset": "pbmc68k_reduced", "plugins": "my_methods", "methods": "positive,mine,mine+scorer", "tables": "3", "figures": "none"} | SMALL
+    done = papermill(tmp_path, {}, **given, dry=True)
+    assert done.returncode == 0 and "train mine" in texts(tmp_path) and not (tmp_path / "results").exists(), done.stderr[-3000:]
+    done = papermill(tmp_path, {}, **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "results" / "pbmc68k_reduced" / "table3.csv", index_col=0)
+    assert list(table.index) == ["Positive (real against real)", "My own", "My own + Scorer"] and "note" not in table
+
+
 def test_a_competitor_that_cannot_run_keeps_its_row_and_says_why(site, tmp_path):
     """scVI is an extra: where it is missing its row holds the reason; where it is installed the row holds figures."""
     done = papermill(tmp_path, site.env, dataset="brain_small", methods="random,scvi", tables="3", figures="5", **SMALL)
