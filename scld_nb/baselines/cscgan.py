@@ -96,6 +96,13 @@ class CscGAN(ScGAN):
     ``fit`` needs ``labels_key`` and at least two cells of every class. Sampling without a label draws the classes with
     their shares among the training cells.
 
+    Parameters
+    ----------
+    noise, widths, critic_widths, batch_size, critic_steps, penalty, lr, lr_end
+        As in `ScGAN`.
+    seed, steps, budget_s, device, progress
+        As in `Baseline`.
+
     References
     ----------
     Marouf et al. 2020, doi:10.1038/s41467-019-14018-z.
