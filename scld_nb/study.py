@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'BUDGETS', 'TARGET_CLUSTER', 'OMEGAS', 'PAPER_SAMPLES', 'HEAD', 'GENES', 'LARGEST_MMD', 'SCORED',
            'METHODS', 'COUNTED', 'TABLE5_METHODS', 'FIGURE4_METHODS', 'FUSION_NAMES', 'PAPER_TABLE3', 'PAPER_TABLE4',
-           'PAPER_TABLE5', 'project_root', 'write_json', 'write_text', 'reuse_json', 'provenance', 'trained_model',
-           'Budget', 'read_budget', 'default_methods', 'register_baseline', 'unregister_baseline', 'variable_genes',
-           'Study']
+           'PAPER_TABLE5', 'write_json', 'write_text', 'reuse_json', 'provenance', 'trained_model', 'Budget',
+           'read_budget', 'default_methods', 'register_baseline', 'unregister_baseline', 'variable_genes', 'Study']
 
 # %% ../nbs/29_study.ipynb #c002
 import inspect
@@ -39,7 +38,7 @@ from .baselines import BASELINES, TITLES, compete, drawn_settings, in_one_line, 
 from .baselines.base import KNOWN_SCALES, Baseline
 from .data import InputError
 from .evaluation import SPACES, evaluate, expression, make_controls
-from .files import alone_in, replacing
+from .files import alone_in, project_root as project_root, replacing
 from .metrics import auc_null_sd, rf_aucs
 from .model import SCLD, count_denoiser_steps, make_config
 from .plots import save_figure
@@ -50,15 +49,6 @@ try:
     import resource
 except ImportError:
     resource = None                                           # type: ignore[assignment]  # Windows
-
-# %% ../nbs/29_study.ipynb #c006
-def project_root(start: str | Path | None = None) -> Path:
-    """The nearest folder above ``start`` (default: the working directory) that holds ``settings.ini``, else ``start``.
-
-    Jupyter, papermill and nbdev_test run notebooks in different folders; all three find the same ``results/``.
-    """
-    start = Path(start or Path.cwd()).resolve()
-    return next((p for p in (start, *start.parents) if (p / "settings.ini").exists()), start)
 
 # %% ../nbs/29_study.ipynb #c006c
 def write_json(path: str | Path, record: dict) -> Path:
