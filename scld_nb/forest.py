@@ -9,6 +9,7 @@ __all__ = ['RFResult', 'rf_aucs', 'rf_auc', 'auc_null_sd']
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import ArpackError
@@ -23,6 +24,8 @@ from .data import InputError
 # %% ../nbs/09_forest.ipynb #c009
 def _cells(values, name: str):
     "`values` as a finite float CSR matrix or 2-D array of cells × genes."
+    if isinstance(values, ad.AnnData):
+        raise InputError(f"{name} is an AnnData: give a matrix of cells × genes, scld_nb.evaluation.expression(adata), or expression(adata, 'counts20k') without logs")
     if sp.issparse(values):
         matrix = sp.csr_matrix(values)
         stored = matrix.data
@@ -229,8 +232,8 @@ def rf_auc(
     Raises
     ------
     InputError
-        If the sides differ in genes or number of cells, hold values that are not finite, or are
-        smaller than the number of folds, or if there are fewer than 2 folds.
+        If the sides are no matrices (an AnnData is none), differ in genes or number of cells, hold values that are not finite,
+        or are smaller than the number of folds, or if there are fewer than 2 folds.
 
     References
     ----------

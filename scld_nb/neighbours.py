@@ -281,7 +281,7 @@ def membership_auc(members, others, fake, *, reference=None) -> float:
     Parameters
     ----------
     members, others
-        Training cells and real cells that were not used, as points (n_i, d) in one basis that favours neither.
+        Training cells and real cells that were not used, as points (n_i, d) in one basis that favours neither, dense or CSR.
     fake
         Synthetic cells in that basis.
     reference
@@ -303,7 +303,8 @@ def membership_auc(members, others, fake, *, reference=None) -> float:
     Chen et al. 2020 (GAN-Leaks), doi:10.1145/3372297.3417238; van Breugel et al. 2023 (DOMIAS), arXiv 2302.12580.
     """
     groups = {"members": members, "others": others, "fake": fake} | ({} if reference is None else {"reference": reference})
-    groups = {k: np.asarray(_cells(v, k), dtype=np.float64) for k, v in groups.items()}
+    groups = {k: _cells(v, k) for k, v in groups.items()}
+    groups = {k: np.asarray(v.toarray() if sp.issparse(v) else v, dtype=np.float64) for k, v in groups.items()}
     if len({v.shape[1] for v in groups.values()}) != 1 or not all(map(len, groups.values())):
         raise InputError(f"the groups have shapes {[v.shape for v in groups.values()]}: give filled groups of one dimension")
     real, centre = np.vstack([groups["members"], groups["others"]]), groups["others"].mean(axis=0)

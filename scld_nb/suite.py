@@ -350,6 +350,14 @@ def gene_correlation(real, fake, *, genes=None) -> dict[str, float]:
     return {"gene_correlation": _similarity(a, b), "gene_correlation_gap": float(np.abs(a - b).mean())}
 
 # %% ../nbs/09_suite.ipynb #c046e
+def _gene_means(cells) -> np.ndarray:
+    "Mean of each gene; genes with the same sum of whole numbers have the same mean, dense or CSR."
+    values = cells.data if sp.issparse(cells) else cells
+    if np.array_equal(values, np.rint(values)):
+        return np.asarray(cells.sum(axis=0, dtype=np.float64)).ravel() / cells.shape[0]
+    return np.asarray(cells.mean(axis=0), dtype=np.float64).ravel()
+
+
 def mean_correlation(real, fake) -> dict[str, float]:
     """Correlation of gene means, which saturates early: a weak measure.
 
@@ -368,7 +376,7 @@ def mean_correlation(real, fake) -> dict[str, float]:
     InputError
         If the sides differ in genes or cells, or hold values that are not finite.
     """
-    a, b = (np.asarray(x.mean(axis=0), dtype=np.float64).ravel() for x in _pair(real, fake, 2))
+    a, b = (_gene_means(x) for x in _pair(real, fake, 2))
     return {"mean_pearson": _similarity(a, b), "mean_spearman": _similarity(a, b, spearmanr)}
 
 # %% ../nbs/09_suite.ipynb #c052
@@ -416,10 +424,13 @@ def marker_logfc(
     Raises
     ------
     InputError
-        If genes, labels and cells do not fit.
+        If genes, labels and cells do not fit, or values are negative.
     """
     groups = {"real": (real, real_labels), "fake": (fake, fake_labels), "train": (train, train_labels)}
-    groups = {k: (_cells(x, k), _labels_of(x, y, k)) for k, (x, y) in groups.items()}
+    groups = {k: (m := _cells(x, k), _labels_of(m, y, k)) for k, (x, y) in groups.items()}
+    for k, (x, _) in groups.items():
+        if (least := (x.data if sp.issparse(x) else x).min(initial=0)) < 0:
+            raise InputError(f"{k} holds negative values (least {least:.3g}): give cells rescaled to 20,000, as expression(adata, 'counts20k') has them")
     if len({x.shape[1] for x, _ in groups.values()}) != 1:
         raise InputError("real, fake and train differ in genes: give all three in the same gene order")
     sizes = [dict(zip(*np.unique(y, return_counts=True))) for _, y in groups.values()]
@@ -488,7 +499,7 @@ def tstr(
     Esteban et al. 2017, arXiv 1706.02633.
     """
     given = {"fake": (fake, fake_labels), "train": (train, train_labels), "real": (real, real_labels)}
-    groups = {k: (_cells(x, k), _labels_of(x, y, k)) for k, (x, y) in given.items()}
+    groups = {k: (m := _cells(x, k), _labels_of(m, y, k)) for k, (x, y) in given.items()}
     if len({x.shape[1] for x, _ in groups.values()}) != 1:
         raise InputError("fake, train and real differ in genes: give all three in the same gene order")
     rows = _rows_to_learn_from(groups["fake"][1], groups["train"][1], np.random.default_rng(seed))
