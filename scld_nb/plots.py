@@ -8,11 +8,12 @@ __all__ = ['GREY', 'RED', 'BLUE', 'BLACK', 'save_figure', 'tsne_pair', 'figure5'
 
 # %% ../nbs/11_plots.ipynb #c002
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .data import InputError
@@ -32,11 +33,20 @@ class _Picture(Figure):
         return _png(self, self.dpi)
 
 
-def _png(fig: Figure, dpi: float) -> bytes:
-    "The figure as PNG, the same bytes every time."
+_UNDATED = {".png": "Software", ".pdf": "CreationDate", ".svg": "Date"}       # what would differ from day to day
+
+
+def _drawn(fig: Figure, suffix: str, dpi: float) -> bytes:
+    "The figure as PNG, PDF or SVG, the same bytes every time."
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "scld_nb"} if suffix == ".svg" else {}):  # names of its parts are random otherwise
+        fig.savefig(buffer, format=suffix[1:], dpi=dpi, metadata={_UNDATED[suffix]: None})
     return buffer.getvalue()
+
+
+def _png(fig: Figure, dpi: float) -> bytes:
+    "The figure as PNG."
+    return _drawn(fig, ".png", dpi)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -71,25 +81,32 @@ def _limits(*groups: np.ndarray) -> list[tuple[float, float]]:
 
 # %% ../nbs/11_plots.ipynb #c010
 def save_figure(fig: Figure, path, *, dpi: float = 110) -> Path:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as PNG, PDF or SVG, whole or not at all.
 
     Parameters
     ----------
     fig
         The figure.
     path
-        Name of the file; folders are made if absent.
+        Name of the file, which ends in .png, .pdf or .svg; folders are made if absent.
     dpi
-        Dots per inch.
+        Dots per inch (of PDF and SVG, of what is drawn as dots in them).
 
     Returns
     -------
     Path
         `path`.
+
+    Raises
+    ------
+    InputError
+        If the name has another ending.
     """
     path = Path(path)
+    if (suffix := path.suffix.lower()) not in _UNDATED:
+        raise InputError(f"path is {path}: give a name that ends in {', '.join(_UNDATED)}")
     with replacing(path) as temporary:
-        temporary.write_bytes(_png(fig, dpi))
+        temporary.write_bytes(_drawn(fig, suffix, dpi))
     return path
 
 # %% ../nbs/11_plots.ipynb #c015
@@ -138,6 +155,16 @@ def tsne_pair(
     return fig
 
 # %% ../nbs/11_plots.ipynb #c019
+def _mask(values, n: int, name: str) -> np.ndarray:
+    "True or false for each of n cells."
+    mask = np.asarray(values)
+    if mask.shape != (n,):
+        raise InputError(f"{name} has shape {mask.shape} and coords {n} cells: give one per cell")
+    if mask.dtype != bool and (strange := [v for v in mask.tolist() if not (isinstance(v, bool | np.bool_ | int | float) and v in (0, 1))]):
+        raise InputError(f"{name} holds {strange[0]!r}: give true or false for each cell, such as labels == {strange[0]!r}")
+    return mask.astype(bool)
+
+
 def figure5(panels: Sequence[Mapping], background=None, *, columns: int = 3) -> Figure:
     """Figure 5: a grid of panels, real cells grey, the target cluster or the generated cells red.
 
@@ -159,10 +186,12 @@ def figure5(panels: Sequence[Mapping], background=None, *, columns: int = 3) -> 
     Raises
     ------
     InputError
-        If there is no panel, or coordinates and masks do not fit.
+        If there is no panel, `columns` is below 1, or coordinates and masks do not fit.
     """
     if not panels:
         raise InputError("panels is empty: give at least one")
+    if not isinstance(columns, int | np.integer) or columns < 1:
+        raise InputError(f"columns is {columns!r}: give the number of panels per row, at least 1")
     behind = np.zeros((0, 2)) if background is None else _coords(background, "background")
     coords = [_coords(p["coords"], f"coords of panel {i}") for i, p in enumerate(panels)]
     columns = min(columns, len(panels))
@@ -171,9 +200,7 @@ def figure5(panels: Sequence[Mapping], background=None, *, columns: int = 3) -> 
     grid = fig.subplots(rows, columns, squeeze=False).ravel()
     for i, (axes, panel, own) in enumerate(zip(grid, panels, coords)):
         mask = panel.get("highlight")
-        mask = np.ones(len(own), bool) if mask is None else np.asarray(mask, bool)
-        if mask.shape != (len(own),):
-            raise InputError(f"highlight of panel {i} has shape {mask.shape} and coords {len(own)} cells: give one per cell")
+        mask = np.ones(len(own), bool) if mask is None else _mask(mask, len(own), f"highlight of panel {i}")
         axes.scatter(*behind.T, s=_size(len(behind)), c=GREY, alpha=0.6, linewidths=0)
         axes.scatter(*own[~mask].T, s=_size(len(own)), c=GREY, alpha=0.6, linewidths=0)
         axes.scatter(*own[mask].T, s=_size(len(own)), c=RED, linewidths=0)
@@ -188,6 +215,19 @@ def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     lacking = [c for c in columns if c not in frame]
     if lacking or frame.empty:
         raise InputError(f"the table lacks {', '.join(lacking) or 'rows'}: it needs the columns {', '.join(columns)}")
+
+
+def _numbers(frame: pd.DataFrame, column: str, right: Callable[[pd.Series], pd.Series], what: str) -> pd.Series:
+    "A column as numbers, of which there must be one; all that are not missing must be `right`."
+    try:
+        values = pd.to_numeric(frame[column]).astype(float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {column!r} of the table holds something else than numbers ({error}): give {what}") from None
+    if values.isna().all():
+        raise InputError(f"column {column!r} of the table holds no number: give {what}")
+    if len(wrong := values[values.notna() & ~right(values)]):
+        raise InputError(f"column {column!r} of the table holds {wrong.iloc[0]:g}: give {what}")
+    return values
 
 # %% ../nbs/11_plots.ipynb #c023
 def omega_curve(frame: pd.DataFrame) -> Figure:
@@ -207,15 +247,16 @@ def omega_curve(frame: pd.DataFrame) -> Figure:
     Raises
     ------
     InputError
-        If a column is lacking or the table is empty.
+        If a column is lacking, the table is empty, or purities are no shares from 0 to 1 (missing ones are not drawn).
     """
     _need(frame, ("omega", "purity"))
+    frame = frame.assign(purity=_numbers(frame, "purity", lambda v: (v >= 0) & (v <= 1), "shares of cells, from 0 to 1"))
     clusters = frame["cluster"].astype(str) if "cluster" in frame else pd.Series("", index=frame.index)
     fig = _figure(4.2, 2.8)
     axes = fig.subplots()
     for j, name in enumerate(dict.fromkeys(clusters)):
         part, colour = frame[clusters == name], _PALETTE[j % 8]
-        line = part.groupby("omega")["purity"].agg(["mean", "std"]).fillna(0)
+        line = part.groupby("omega")["purity"].agg(["mean", "std"]).fillna({"std": 0})
         axes.errorbar(line.index, line["mean"], yerr=line["std"], marker=_MARKERS[j % 7], color=colour, capsize=2,
                       label=f"cluster {name}" if name else "purity")
         if "base_rate" in part:
@@ -284,17 +325,18 @@ def training_times(frame: pd.DataFrame) -> Figure:
     Raises
     ------
     InputError
-        If a column is lacking or there is no row.
+        If a column is lacking, there is no row, or hours are not above 0 (missing ones have no bar).
     """
     _need(frame, ("method", "hours", "sd", "measured"))
+    hours = _numbers(frame, "hours", lambda v: (v > 0) & np.isfinite(v), "hours above 0, which a logarithmic axis can show")
     fig = _figure(6, 0.42 * len(frame) + 1.1)
     axes, at = fig.subplots(), np.arange(len(frame))[::-1]
     sd = pd.to_numeric(frame["sd"]).fillna(0)
-    bars = axes.barh(at, frame["hours"], xerr=sd, color=BLUE, edgecolor="white", capsize=3, height=0.6)
+    bars = axes.barh(at, hours, xerr=sd, color=BLUE, edgecolor="white", capsize=3, height=0.6)
     for bar, measured in zip(bars, frame["measured"]):
         bar.set_hatch("" if measured else "///")
-    for y, hours, spread in zip(at, frame["hours"], sd):
-        axes.text((hours + spread) * 1.12, y, f"{hours:.3g} h", va="center", fontsize=8)
+    for y, long, spread in zip(at, hours, sd):
+        axes.text((long + spread) * 1.12, y, f"{long:.3g} h", va="center", fontsize=8)
     axes.set(xscale="log", yticks=at, yticklabels=frame["method"], xlabel="hours for the published number of steps")
     axes.set_xlim(axes.get_xlim()[0], axes.get_xlim()[1] * 3)
     if not all(frame["measured"]):

@@ -244,3 +244,55 @@ def test_a_saved_map_is_coloured_by_label(coords, tmp_path):
     save_report(report_of(plain), tmp_path / "plain")
     save_report(report_of(plain | {"real_labels": ["a"] * 30, "synthetic_labels": ["a"] * 20}), tmp_path / "labels")
     assert (tmp_path / "plain" / "tsne.png").read_bytes() != (tmp_path / "labels" / "tsne.png").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF-"), ("b.c.svg", b"<?xml")])
+def test_a_picture_is_what_its_name_says_and_always_the_same(coords, tmp_path, name, start):
+    one, two = (save_figure(tsne_pair(*coords), tmp_path / folder / name) for folder in "ab")
+    assert one.read_bytes().startswith(start) and one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "a.tiff"])
+def test_other_kinds_of_pictures_are_refused(coords, tmp_path, name):
+    with pytest.raises(InputError, match=r"give a name that ends in .png, .pdf, .svg$"):
+        save_figure(tsne_pair(*coords), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_is_no_column_of_labels(coords):
+    own = coords[0]
+    truth = np.arange(len(own)) % 2
+    for mask in (truth, truth.astype(bool), truth.astype(float), truth.astype(bool).astype(object), list(truth)):
+        assert dots(figure5([{"coords": own, "highlight": mask}]).axes[0], RED) == truth.sum()
+    for mask, seen in ((["Alpha"] * len(own), "'Alpha'"), ([2] * len(own), "2"), ([None] * len(own), "None"), ([np.nan] * len(own), "nan")):
+        with pytest.raises(InputError, match=f"^highlight of panel 0 holds {seen}: give true or false"):
+            figure5([{"coords": own, "highlight": mask}])
+
+
+@pytest.mark.parametrize("columns", [0, -1, 1.5, "2"])
+def test_panels_need_a_number_of_columns(coords, columns):
+    with pytest.raises(InputError, match="columns is"):
+        figure5([{"coords": coords[0]}], columns=columns)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ([np.nan, np.nan], "'purity' of the table holds no number"), ([None, None], "holds no number"), ([0.5, -0.1], "holds -0.1: give shares"),
+    ([1.5, np.nan], "holds 1.5: give shares"), (["a", "b"], "something else than numbers"),
+])
+def test_purities_that_would_not_be_seen(values, message):
+    with pytest.raises(InputError, match=message):
+        omega_curve(pd.DataFrame({"omega": [0, 1], "purity": values}))
+
+
+def test_a_missing_purity_is_no_zero():
+    line = omega_curve(pd.DataFrame({"omega": [0, 1, 2], "purity": [0.5, np.nan, 0.7]})).axes[0].lines[0]
+    assert np.array_equal(np.ma.filled(np.ma.asarray(line.get_ydata(), float), np.nan), [0.5, np.nan, 0.7], equal_nan=True)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ([np.nan, np.nan], "'hours' of the table holds no number"), ([1.0, -1.0], "holds -1: give hours above 0"), ([0.0, 1.0], "holds 0"), ([np.inf, 1.0], "holds inf"),
+])
+def test_hours_that_would_not_be_seen(values, message):
+    frame = pd.DataFrame({"method": ["a", "b"], "hours": values, "sd": [0.0, 0.0], "measured": [True, True]})
+    with pytest.raises(InputError, match=message):
+        training_times(frame)
