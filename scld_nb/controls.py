@@ -14,10 +14,11 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .data import TARGET_SUM, InputError, _check_values, counts_matrix
-from .forest import auc_null_sd, rf_aucs
+from .forest import _cells, _pair, auc_null_sd, rf_aucs
 from .metrics import mmd, mmd_bandwidth, permute_genes
 from .neighbours import Memorisation, ilisi, joint_components, memorisation, precision_recall, wasserstein
 from scld_nb.suite import (
@@ -55,12 +56,71 @@ def _linear(adata: ad.AnnData, layer: str | None, name: str):
     with np.errstate(over="ignore"):  # an overflow is reported by the caller
         return matrix.expm1() if sp.issparse(matrix) else np.expm1(matrix, out=matrix)
 
+# %% ../nbs/10_controls.ipynb #c008c
+_LOOKED_AT = 2000                                      # cells
+
+
+def _whole(matrix) -> bool:
+    "Whether all values are counts: finite, whole, and not negative."
+    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    return values.dtype.kind in "fiub" and bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.rint(values)).all())
+
+
+def _disagreement(x, counts) -> tuple[int, int, float, float] | None:
+    "Cell, gene and both values where whole numbers in `x` are neither those of `counts` nor these rescaled; None if there is no such place."
+    if not (_whole(x) and _whole(counts)):
+        return None
+    x, counts = (sp.csr_matrix(m, dtype=np.float64) for m in (x, counts))
+    library, own = (np.asarray(m.sum(axis=1)).ravel() for m in (x, counts))
+    factor = np.divide(library, own, out=np.zeros_like(own), where=own > 0)
+    rescaled = sp.csr_matrix(sp.diags_array(factor) @ counts)
+    beyond = sp.coo_matrix(abs(x - rescaled) - 1e-3 * rescaled)
+    if not len(found := np.flatnonzero(beyond.data > 0.501)):       # room for rounding after rescaling
+        return None
+    cell, gene = int(beyond.row[found[0]]), int(beyond.col[found[0]])
+    return cell, gene, float(x[cell, gene]), float(counts[cell, gene])
+
+# %% ../nbs/10_controls.ipynb #c008j
+def _two_counts(name: str, cell: str, gene: str, values: tuple[float, float], end: str = "") -> InputError:
+    "The refusal of cells whose X and layer differ."
+    return InputError(
+        f"{name}.X and {name}.layers['counts'] both hold counts and differ (cell {cell!r}, gene {gene!r}: {values[0]:g} and {values[1]:g}): "
+        f"del {name}.layers['counts'] if X holds the cells to compare, {name}.X = {name}.layers['counts'] if the layer does{end}"
+    )
+
+# %% ../nbs/10_controls.ipynb #c008g
+def _genes_lacking(names: pd.Index, wanted: list, lost: list, name: str) -> InputError:
+    "What to say where `lost` of the genes `wanted` are not among `names`."
+    there = {str(g).upper(): str(g) for g in names}
+    other = [(there[g.upper()], g) for g in lost if g.upper() in there]
+    if 2 * len(other) >= len(lost):
+        return InputError(f"{name} lacks {len(lost)} of {len(wanted)} genes, {len(other)} of which it has in another case ({other[0][0]!r} for {other[0][1]!r}): rename them, "
+                          f"case = {{g.upper(): g for g in real.var_names}}; {name}.var_names = [case.get(g.upper(), g) for g in {name}.var_names]")
+    if len(lost) == len(wanted):
+        return InputError(f"{name} has none of the genes ({lost[0]!r}, in {name} {str(names[0])!r}): symbols on one side and ids on the other?")
+    some = ", ".join(lost[:3] + ["..."] * (len(lost) > 3))
+    return InputError(f"{name} lacks {len(lost)} of {len(wanted)} genes ({some}): evaluate cells with the same genes, "
+                      f"as real[:, real.var_names.isin({name}.var_names)] has them")
+
+
+def _check_cells(adata: ad.AnnData, layer: str | None, name: str) -> None:
+    "Refuse what is no AnnData, repeats genes, or holds two kinds of counts none of which was chosen."
+    if not isinstance(adata, ad.AnnData):
+        raise InputError(f"{name} must be an AnnData, got {type(adata).__name__}: a matrix of counts becomes one by anndata.AnnData(counts, var=pandas.DataFrame(index=genes))")
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        raise InputError(f"{name} names gene {twice!r} more than once: run {name}.var_names_make_unique()")
+    if layer is None and "counts" in adata.layers and adata.uns.get("scld", {}).get("scale") in (None, "counts"):
+        first = adata[:_LOOKED_AT]
+        if first.X is not None and (found := _disagreement(first.X, first.layers["counts"])) is not None:
+            raise _two_counts(name, str(adata.obs_names[found[0]]), str(adata.var_names[found[1]]), found[2:])
+
 # %% ../nbs/10_controls.ipynb #c009
 def expression(
     adata: ad.AnnData,
     space: str = "log1p",
     *,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     name: str = "adata",
 ):
@@ -74,12 +134,13 @@ def expression(
     adata
         Real cells (counts in `layers["counts"]` or `X`), or synthetic ones that say in
         `uns["scld"]["scale"]` what `X` holds: "counts" (or `layers["counts"]`, if there is one), "counts20k" or "log1p20k".
+        Where the layer would be read and `X` holds other counts, they are refused.
     space
         "counts20k" (library size 20,000, not logged) or "log1p" (its log(1 + x)).
     genes
-        Genes wanted, in this order; `None` takes those of `adata`.
+        Genes wanted, in this order (one name or several); `None` takes those of `adata`.
     layer
-        Layer of real cells that holds counts; `None` takes "counts" if there is one, else `X`.
+        Layer of real cells that holds counts, or "X"; `None` takes "counts" if there is one, else `X`.
     name
         How messages call `adata`.
 
@@ -91,23 +152,18 @@ def expression(
     Raises
     ------
     InputError
-        If the space or scale is unknown, gene names repeat or are missing, or values are not finite.
+        If `adata` is no AnnData, the space or scale is unknown, gene names repeat or are missing, `X` and `layers["counts"]` hold
+        different counts and no layer is named, or values are not finite.
     """
     if space not in SPACES:
         raise InputError(f"space is {space!r}: choose {' or '.join(map(repr, SPACES))}")
-    if not adata.var_names.is_unique:
-        twice = adata.var_names[adata.var_names.duplicated()][0]
-        raise InputError(f"{name} names gene {twice!r} more than once: run {name}.var_names_make_unique()")
+    _check_cells(adata, layer, name)
     matrix = _linear(adata, layer, name)
-    if genes is not None and list(genes) != list(adata.var_names):
-        where = adata.var_names.get_indexer(list(genes))
+    wanted = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    if wanted is not None and wanted != list(adata.var_names):
+        where = adata.var_names.get_indexer(wanted)
         if (where < 0).any():
-            lost = [str(g) for g, at in zip(genes, where) if at < 0]
-            if len(lost) == len(where):
-                raise InputError(f"{name} has none of the genes ({lost[0]!r}, in {name} {str(adata.var_names[0])!r}): symbols on one side and ids on the other?")
-            some = ", ".join(lost[:3] + ["..."] * (len(lost) > 3))
-            raise InputError(f"{name} lacks {len(lost)} of {len(where)} genes ({some}): evaluate cells with the same genes, "
-                             f"as real[:, real.var_names.isin({name}.var_names)] has them")
+            raise _genes_lacking(adata.var_names, wanted, [str(g) for g, at in zip(wanted, where) if at < 0], name)
         matrix = matrix[:, where]
     values = matrix.data if sp.issparse(matrix) else matrix
     if bad := int((~np.isfinite(values)).sum()):
@@ -197,7 +253,7 @@ def compare(
     Parameters
     ----------
     real, fake
-        Cells in one space, (n, n_genes) each, dense or CSR.
+        Cells in one space, (n, n_genes) each, dense or CSR; as many on either side.
     bandwidth
         m of the MMD kernels.
     seed
@@ -216,7 +272,14 @@ def compare(
     dict
         Per metric a pair (value, sd over folds or None): "rf_auc" (fully grown trees),
         "rf_auc_depth5", "mmd_biased", "mmd_unbiased_squared".
+
+    Raises
+    ------
+    InputError
+        If the sides are no matrices (an AnnData is none), differ in genes or number of cells, hold values that are not finite or
+        fewer than 5 cells, or `bandwidth` is not positive.
     """
+    real, fake = _pair(real, fake, 5)                  # before some of them are drawn, which would hide another number
     real, fake = (side[rows] for side, rows in zip((real, fake), _judged(real.shape[0], n_judge, seed, paired)))
     forests = rf_aucs(real, fake, max_depths=(None, 5), n_trees=n_trees, seed=seed, n_jobs=n_jobs, paired=paired)
     distance = mmd(real, fake, bandwidth=bandwidth, paired=paired)
@@ -293,8 +356,16 @@ def make_controls(
         Real training cells in "counts20k", or `None`: then real cells beyond the n that are compared stand in.
     n
         Cells a side.
-    seed, n_trees, spaces, n_jobs, n_judge
-        As in `evaluate`; all cells are compared if `n_judge` is `None`.
+    seed
+        Seed of every draw, fold and forest.
+    n_trees
+        Trees per forest.
+    spaces
+        Any of "counts20k", "log1p".
+    n_jobs
+        Processor cores for the forests; -1 all, `None` one.
+    n_judge
+        Most cells a side that are compared; `None`: all.
     negative
         Whether to compare shuffled cells too.
     step
@@ -304,7 +375,14 @@ def make_controls(
     -------
     dict
         JSON-ready; see `Report.controls`.
+
+    Raises
+    ------
+    InputError
+        If the sides are no matrices (an AnnData is none), differ in genes or hold values that are not finite, if there are fewer than `n`
+        real cells or fewer than 5 left for the control, or if near neighbours among the real cells coincide.
     """
+    real, train = _cells(real, "real"), None if train is None else _cells(train, "train")
     if n > real.shape[0]:
         raise InputError(f"n is {n}, but there are {real.shape[0]} real cells")
     picked = _draw(real.shape[0], n, seed, 1)

@@ -25,8 +25,8 @@ from scipy.stats import chi2_contingency
 from tqdm import tqdm
 
 from scld_nb.controls import (
-    _AUCS, _FLAG_WIDTH, _MEASURES, SPACES, _checksum, _copying, _draw, _flag, _Group, _in_space, _labels, _left_over, _library, _logged, _measure,
-    _null_sd, _repeated, _reused, _row_keys, _suite_controls, compare, expression, make_controls,
+    _AUCS, _FLAG_WIDTH, _LOOKED_AT, _MEASURES, SPACES, _checksum, _copying, _disagreement, _draw, _flag, _Group, _in_space, _labels, _left_over, _library,
+    _logged, _measure, _null_sd, _repeated, _reused, _row_keys, _suite_controls, _two_counts, compare, expression, make_controls,
 )
 from .data import InputError
 from .files import replacing
@@ -104,18 +104,51 @@ class Report:
     _groups: dict = field(default_factory=dict, repr=False, compare=False)
 
     def to_frame(self) -> pd.DataFrame:
-        "The records as a table, one row each."
+        """The records as a table.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per record, with the columns `scld_nb.evaluation.COLUMNS`.
+        """
         return pd.DataFrame(self.records, columns=COLUMNS)
 
     def value(self, metric: str, space: str = "log1p", cluster: str = "all") -> float:
-        "One value; KeyError if there is none."
+        """One value of the records.
+
+        Parameters
+        ----------
+        metric
+            Its name, as in `to_frame`: "rf_auc", "mmd_biased", or one of the suite such as "coverage".
+        space
+            "log1p" or "counts20k"; measures of the suite are in "log1p", but for "combined" and those of library sizes, which are in
+            "counts" where the synthetic cells are counts.
+        cluster
+            A label of `labels_key`, or "all" for all cells together.
+
+        Returns
+        -------
+        float
+            The value; its control is in the same record.
+
+        Raises
+        ------
+        KeyError
+            If there is no such record.
+        """
         for r in self.records:
             if (r["metric"], r["space"], r["cluster"]) == (metric, space, cluster):
                 return r["value"]
         raise KeyError(f"no {metric} of cluster {cluster} in {space}")
 
     def tsne(self) -> dict:
-        "Coordinates of real and synthetic cells in one joint t-SNE (log1p), computed at the first call."
+        """Coordinates of real and synthetic cells in one joint t-SNE (log1p), computed at the first call.
+
+        Returns
+        -------
+        dict
+            `coordinates`, of at most 1,000 cells a side; empty if the report was read from a file without them.
+        """
         if not self.coordinates and self._groups:
             real, fake = tsne([self._groups["real"], self._groups["synthetic"]], seed=self.settings["seed"])
             self.coordinates = {"real": real.round(3).tolist(), "synthetic": fake.round(3).tolist()}
@@ -149,7 +182,23 @@ class Report:
 
     @classmethod
     def load(cls, folder) -> "Report":
-        "The report that `save` wrote to `folder`."
+        """The report that `save` wrote.
+
+        Parameters
+        ----------
+        folder
+            What `save` was given.
+
+        Returns
+        -------
+        Report
+            Equal to what was saved; the cells are not kept, so without coordinates no t-SNE can be made.
+
+        Raises
+        ------
+        InputError
+            If there is no report of this format.
+        """
         path = Path(folder).expanduser() / "report.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -401,10 +450,11 @@ def _doubts_of_controls(records: list[dict], real, train) -> list[str]:
 def _prepare(real, synth, train, *, labels_key: str | None, layer: str | None) -> tuple[dict, dict]:
     "All groups in counts20k over the genes of `real`, and their labels."
     genes = list(real.var_names)
+    at = {k: layer or ("counts" if cells is not None and "counts" in cells.layers else None) for k, cells in (("real", real), ("train", train))}
     groups = {
-        "real": expression(real, "counts20k", layer=layer, name="real"),
+        "real": expression(real, "counts20k", layer=at["real"], name="real"),
         "synthetic": expression(synth, "counts20k", genes=genes, name="synth"),
-        "train": None if train is None else expression(train, "counts20k", genes=genes, layer=layer, name="train"),
+        "train": None if train is None else expression(train, "counts20k", genes=genes, layer=at["train"], name="train"),
     }
     if labels_key is None:
         return groups, {}
@@ -443,6 +493,30 @@ def _pooled_records(groups: dict, rows: dict, controls: dict, options: dict, ste
             })
     return records
 
+# %% ../nbs/10_evaluation.ipynb #c070b
+def _first_of_x(cells: ad.AnnData | str | Path, there: DiskCells, genes: int = 200):
+    "The first cells of X in a file; of a CSC matrix only their first genes. None if X cannot be read, which nobody has asked for."
+    node, rows = there.counts._file.get("X"), slice(0, _LOOKED_AT)
+    try:
+        if "shape" in getattr(node, "attrs", {}) and node.attrs.get("encoding-type") == "csc_matrix":
+            ends = node["indptr"][:genes + 1]
+            part = sp.csc_matrix((node["data"][:ends[-1]], node["indices"][:ends[-1]], ends), shape=(there.n_obs, len(ends) - 1))
+            part.check_format(full_check=True)
+            return part[rows]
+        return node[rows] if hasattr(node, "dtype") else open_cells(cells, layer="X").counts[rows]
+    except Exception:                                          # h5py, anndata and scipy have many
+        return None
+
+
+def _check_file(cells: ad.AnnData | str | Path, there: DiskCells, name: str) -> None:
+    "Refuse a file whose X and layer hold different counts, as `expression` does with cells in memory."
+    if not there.counts.slot.startswith("layers['counts']") or (x := _first_of_x(cells, there)) is None:
+        return
+    layer = there.counts[:_LOOKED_AT]
+    if x.ndim == 2 and x.shape[0] == layer.shape[0] and (found := _disagreement(x, layer[:, :x.shape[1]])) is not None:
+        names = there.names(np.array([found[0]]))[0], str(there.var_names[found[1]])
+        raise _two_counts(name, *names, found[2:], f", and write {there.counts.path.name} again")
+
 # %% ../nbs/10_evaluation.ipynb #c071
 FROM_DISK = 10_000
 Cells: TypeAlias = ad.AnnData | DiskCells | str | Path
@@ -458,6 +532,8 @@ def _opened(cells: Cells, name: str, key: str | None, layer: str | None) -> ad.A
     about = there.records("scld", "scld_data")
     if about.get("scld", {}).get("scale") not in (None, "counts") and not isinstance(cells, DiskCells):
         there = open_cells(cells, layer="X")               # generated expression has no other slot
+    if name == "synth" and not isinstance(cells, DiskCells):
+        _check_file(cells, there, name)
     if key is not None and key not in there.columns:
         raise InputError(f"{name}.obs has no column {key!r}: it has {', '.join(there.columns) or 'none'}")
     return replace(there, uns=about | there.uns)
@@ -541,7 +617,8 @@ def evaluate(
         Held-out test cells with counts. Here and below, the path of an ``.h5ad`` file (or an AnnData opened with
         ``backed="r"``) leaves the cells on disk: counts as CSR, of which the cells to compare are drawn and read in blocks.
     synth
-        Synthetic cells with at least the genes of `real`; see `expression` for their scale.
+        Synthetic cells with at least the genes of `real`; see `expression` for their scale. Counts in ``X`` beside others in
+        ``layers["counts"]`` are refused.
     train
         Training cells with counts, for the controls. Without them half of `real` is kept for the control, and at most the other half is
         compared.

@@ -10,6 +10,7 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 
+from scld_nb import controls
 from scld_nb.data import InputError, library_normalize, split
 from scld_nb.evaluation import COLUMNS, SPACES, Report, _flag, compare, evaluate, expression, make_controls
 from scld_nb.metrics import auc_null_sd, mmd, mmd_bandwidth, rf_auc, rf_aucs
@@ -762,3 +763,116 @@ def test_controls_of_more_cells_than_there_are(groups):
 def test_a_control_at_the_edge_of_the_window_is_not_flagged():
     assert 0.53 - 0.5 > 0.03 and _flag(0.53, 136) is None and _flag(0.47, 136) is None
     assert _flag(0.531, 136).startswith("control 0.531 outside 0.50 ± 0.03 (null sd 0.035")
+
+
+def borrowed(drawn, around):
+    """Drawn counts in X of a copy of other cells, whose own counts stay in the layer."""
+    around = around.copy()
+    around.layers["counts"] = around.X.copy()
+    made = around[: drawn.shape[0]].copy()
+    made.X = drawn
+    return made
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+@pytest.mark.parametrize("way", ["memory", "view", "record", "path", "backed"])
+def test_counts_in_x_beside_others_in_the_layer_are_refused(groups, tmp_path, form, way):
+    real, fake, train = groups
+    made = borrowed(form(np.random.default_rng(0).poisson(5.0, real.shape).astype(np.float32)), real)
+    if way == "record":
+        made.uns["scld"] = {"scale": "counts"}
+    made.write_h5ad(tmp_path / "made.h5ad")
+    given = {"view": lambda: made[np.arange(made.n_obs)], "path": lambda: tmp_path / "made.h5ad", "backed": lambda: ad.read_h5ad(tmp_path / "made.h5ad", backed="r")}
+    with pytest.raises(InputError, match=r"^synth.X and synth.layers\['counts'\] both hold counts and differ \(cell 'cell1-0', gene 'gene\d+': \d+ and \d+\): del synth.layers") as error:
+        evaluate(real, given.get(way, lambda: made)(), train=train, **LITTLE)
+    assert "\n" not in str(error.value)
+    if way not in ("path", "backed"):
+        with pytest.raises(InputError, match="^fake.X and fake.layers"):
+            expression(made, name="fake")
+
+
+def test_both_ways_to_mend_cells_whose_x_and_layer_differ(groups):
+    real, fake, train = groups
+    made = borrowed(fake.X[:60], real)
+    mine, theirs = made.copy(), made.copy()
+    del mine.layers["counts"]
+    theirs.X = theirs.layers["counts"]
+    assert evaluate(real, mine, train=train, **QUICK).records == evaluate(real, ad.AnnData(fake.X[:60], var=fake.var), train=train, **QUICK).records
+    assert evaluate(real, theirs, train=train, **QUICK).records == evaluate(real, real, train=train, **QUICK).records
+    assert (expression(made, layer="counts") != expression(real)).nnz == 0 and (expression(made, layer="X") != expression(fake[:60])).nnz == 0
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda x: x.copy(), lambda x: x.toarray(), lambda x: x.log1p(), library_normalize, lambda x: library_normalize(x, 1e6).rint(), lambda x: 3 * x, lambda x: 0 * x, lambda x: -x,
+])
+def test_what_is_made_of_the_layer_may_lie_in_x(groups, tmp_path, make, on_disk):
+    real, fake, train = groups
+    wanted = evaluate(real, fake, train=train, negative=False, spaces="log1p", **QUICK).records
+    fake, real = fake.copy(), real.copy()
+    for cells_ in (fake, real):
+        cells_.layers["counts"] = cells_.X.copy()
+        cells_.X = make(cells_.X)
+    if on_disk:
+        fake.write_h5ad(tmp_path / "fake.h5ad")
+        fake = tmp_path / "fake.h5ad"
+    assert evaluate(real, fake, train=train, negative=False, spaces="log1p", **QUICK).records == wanted
+
+
+def test_real_cells_keep_the_counts_of_their_layer_whatever_x_holds(groups):
+    real, fake, train = groups
+    made = synthetic(fake)
+    wanted = evaluate(real, made, train=train, negative=False, **QUICK).records
+    other = [borrowed(np.ones(c.shape, np.float32), c) for c in (real, train)]
+    assert evaluate(other[0], made, train=other[1], negative=False, **QUICK).records == wanted
+
+
+def test_only_the_first_cells_are_looked_at(groups, monkeypatch):
+    real, fake, _ = groups
+    made = borrowed(fake.X[:60], real)
+    made.X = sp.vstack([made.layers["counts"][:20], made.X[20:]]).tocsr()
+    monkeypatch.setattr(controls, "_LOOKED_AT", 20)
+    expression(made)
+    monkeypatch.setattr(controls, "_LOOKED_AT", 21)
+    with pytest.raises(InputError, match="cell 'cell1-20'"):
+        expression(made)
+
+
+def test_genes_in_another_case_are_no_missing_genes(groups):
+    real, fake, _ = groups
+    made = synthetic(fake)
+    made.var_names = [g.upper() if i > 2 else g for i, g in enumerate(made.var_names)]
+    with pytest.raises(InputError, match="^synth lacks 37 of 40 genes, 37 of which it has in another case .'GENE3' for 'gene3'.: rename them, case") as error:
+        evaluate(real, made, **LITTLE)
+    scope = {"real": real, "synth": made}
+    exec(str(error.value).split("rename them, ")[1], scope)    # the mend is true
+    assert list(made.var_names) == list(real.var_names)
+    evaluate(real, made, **LITTLE)
+
+
+def test_genes_may_be_one_name():
+    some = cells(5, genes=12)
+    assert expression(some, genes="gene11").shape == (5, 1)
+    assert (expression(some, genes="gene11") != expression(some, genes=["gene11"])).nnz == 0
+    with pytest.raises(InputError, match=r"none of the genes \('gene'"):
+        expression(some, genes="gene")
+
+
+@pytest.mark.parametrize("given", [np.ones((3, 2)), sp.csr_matrix(np.ones((3, 2))), "cells.h5ad"])
+def test_expression_takes_an_anndata(given):
+    with pytest.raises(InputError, match=f"adata must be an AnnData, got {type(given).__name__}"):
+        expression(given)
+
+
+def test_unequal_groups_are_not_compared():
+    a = np.random.default_rng(0).normal(size=(60, 8))
+    for pair in ((a[:10], a[10:]), (a, a[:10])):
+        for options in ({}, {"n_judge": 5}):
+            with pytest.raises(InputError, match=r"real has \d\d cells and fake \d\d: subsample the larger"):
+                compare(*pair, bandwidth=1.0, n_trees=5, **options)
+    assert compare(a.tolist(), a.tolist(), bandwidth=1.0, n_trees=5) == compare(a, a, bandwidth=1.0, n_trees=5)
+
+
+def test_a_value_that_is_not_there(report):
+    with pytest.raises(KeyError, match="no rf_auc of cluster x in log1p"):
+        report.value("rf_auc", cluster="x")

@@ -1,12 +1,15 @@
 """Choices inside the suite: training cells or test cells, drawn or first, scaled or not."""
 
+import anndata as ad
 import numpy as np
 import pytest
-from scipy.stats import pearsonr
+import scipy.sparse as sp
+from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from scld_nb import suite
+from scld_nb import controls, metrics, suite
+from scld_nb.data import InputError
 from scld_nb.metrics import label_classifier, tsne
 from scld_nb.report import verdict
 
@@ -98,3 +101,58 @@ def test_lists_of_markers_are_real_against_synthetic_and_all_takes_every_marker(
     assert {k: found["marker_jaccard"][k] for k in "abc"} == {k: s / (8 - s) for k, s in shared.items()}
     mine, theirs = (np.take_along_axis(change[k], best["t"], axis=1).ravel() for k in "rf")
     assert found["marker_pearson"]["all"] == pytest.approx(pearsonr(mine, theirs).statistic)
+
+
+A, B = (np.random.default_rng(seed).poisson(2.0, (30, 12)).astype(float) for seed in range(2))
+TAKE_MATRICES = {
+    "rf_auc": lambda x: metrics.rf_auc(x, B, n_trees=5), "rf_auc, second": lambda x: metrics.rf_auc(B, x, n_trees=5), "rf_aucs": lambda x: metrics.rf_aucs(x, B, n_trees=5),
+    "mmd": lambda x: metrics.mmd(x, B, bandwidth=1.0), "mmd_bandwidth": metrics.mmd_bandwidth, "permute_genes": metrics.permute_genes,
+    "tsne": lambda x: metrics.tsne([B, x]), "label_classifier": lambda x: metrics.label_classifier(x, LABELS),
+    "purity": lambda x: metrics.purity(metrics.label_classifier(B, LABELS), x, "a"),
+    "variable_genes": suite.variable_genes, "strict_aucs": lambda x: suite.strict_aucs(x, B, n_trees=5), "combined_auc": lambda x: suite.combined_auc(x, B),
+    "gene_statistics": suite.gene_statistics, "cell_statistics": suite.cell_statistics, "gene_correlation": lambda x: suite.gene_correlation(x, B),
+    "mean_correlation": lambda x: suite.mean_correlation(B, x), "marker_logfc": lambda x: suite.marker_logfc(B, LABELS, x, LABELS, B, LABELS),
+    "tstr": lambda x: suite.tstr(x, LABELS, B, LABELS, B, LABELS), "joint_components": lambda x: suite.joint_components(x, B),
+    "precision_recall": lambda x: suite.precision_recall(x, B), "wasserstein": lambda x: suite.wasserstein(x, B), "ilisi": lambda x: suite.ilisi(x, B),
+    "memorisation": lambda x: suite.memorisation(B, x, B), "membership_auc": lambda x: suite.membership_auc(x, B, B),
+    "compare": lambda x: controls.compare(x, B, bandwidth=1.0, n_trees=5), "make_controls": lambda x: controls.make_controls(x, B, n=10, n_trees=5),
+    "make_controls, train": lambda x: controls.make_controls(B, x, n=10, n_trees=5),
+}
+LABELS = np.array(["a", "b"])[np.arange(30) % 2]
+
+
+@pytest.mark.parametrize("name", TAKE_MATRICES)
+def test_an_anndata_is_no_matrix_and_both_kinds_of_matrices_will_do(name):
+    call = TAKE_MATRICES[name]
+    with pytest.raises(InputError, match=r"^(real|fake|cells|counts|train|train_log|members|group 1) is an AnnData: give a matrix.*expression\(adata\)") as error:
+        call(ad.AnnData(A))
+    assert "\n" not in str(error.value)
+    call(A)
+    call(sp.csr_matrix(A))
+    call(A.tolist())
+
+
+def test_the_attack_takes_sparse_points_too():
+    c = np.random.default_rng(2).poisson(2.0, (30, 12))
+    for reference in (None, c):
+        wanted = suite.membership_auc(A, B, A[:9], reference=reference)
+        assert suite.membership_auc(*map(sp.csr_matrix, (A, B, A[:9])), reference=None if reference is None else sp.csr_matrix(reference)) == wanted
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, int])
+def test_means_of_whole_numbers_have_the_same_ties_dense_and_sparse(kind):
+    a, b = (np.random.default_rng(seed).poisson(2.0, (60, 200)).astype(kind) for seed in range(2))
+    found = [suite.mean_correlation(f(a), g(b)) for f in (np.asarray, sp.csr_matrix) for g in (np.asarray, sp.csr_matrix)]
+    assert all(f == found[0] for f in found)
+    assert found[0]["mean_spearman"] == spearmanr(a.sum(axis=0), b.sum(axis=0)).statistic
+    logs = sp.csr_matrix(np.log1p(a).astype(np.float32))
+    assert np.array_equal(suite._gene_means(logs), np.asarray(logs.mean(axis=0), dtype=np.float64).ravel())
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+def test_fold_changes_of_negative_values_are_refused(form):
+    for at, name in ((0, "real"), (2, "fake"), (4, "train")):
+        given = [B, LABELS, B, LABELS, B, LABELS]
+        given[at] = form(A - 3)
+        with pytest.raises(InputError, match=f"^{name} holds negative values .least -3"):
+            suite.marker_logfc(*given)
