@@ -91,6 +91,8 @@ def _two_counts(name: str, cell: str, gene: str, values: tuple[float, float], en
 # %% ../nbs/10_controls.ipynb #c008g
 def _genes_lacking(names: pd.Index, wanted: list, lost: list, name: str) -> InputError:
     "What to say where `lost` of the genes `wanted` are not among `names`."
+    if strange := [g for g in wanted if not isinstance(g, str)]:
+        return InputError(f"genes are found by their names, got {strange[0]!r}: give texts, {name}.var_names[numbers] has those of columns")
     there = {str(g).upper(): str(g) for g in names}
     other = [(there[g.upper()], g) for g in lost if g.upper() in there]
     if 2 * len(other) >= len(lost):

@@ -856,6 +856,9 @@ def test_genes_may_be_one_name():
     assert (expression(some, genes="gene11") != expression(some, genes=["gene11"])).nnz == 0
     with pytest.raises(InputError, match=r"none of the genes \('gene'"):
         expression(some, genes="gene")
+    for numbers in ([0, 1], np.arange(2)):
+        with pytest.raises(InputError, match=r"genes are found by their names, got .*0.*: give texts"):
+            expression(some, genes=numbers)
 
 
 @pytest.mark.parametrize("given", [np.ones((3, 2)), sp.csr_matrix(np.ones((3, 2))), "cells.h5ad"])
