@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.stats import norm
 
+from .cells import gene_annotation
 from .config import read_labels
 from .data import InputError, counts_matrix
 
@@ -136,6 +137,6 @@ def perfect_model(train: ad.AnnData, n: int, labels_key: str | None = None, *, l
         raise InputError(f"n must lie in 1..{counts.shape[0]}, the number of training cells, got {n}")
     rows = np.sort(np.random.default_rng([seed, 1]).choice(counts.shape[0], n, replace=False))
     x = with_means_off(counts[rows], mean_factors(counts, codes, seed=seed), seed=seed)
-    out = ad.AnnData(x, obs=train.obs.iloc[rows][[] if labels_key is None else [labels_key]].copy(), var=train.var[[]].copy())
+    out = ad.AnnData(x, obs=train.obs.iloc[rows][[] if labels_key is None else [labels_key]].copy(), var=gene_annotation(train.var))
     out.uns["scld"] = {"scale": "counts", "labels_key": labels_key or "label"}
     return out

@@ -255,6 +255,9 @@ def test_weights_are_counted(cells):
     networks = [v for v in vars(fitted).values() if isinstance(v, torch.nn.Module)]
     assert baselines.count_parameters(fitted) == sum(p.numel() for m in networks for p in m.parameters()) > 0
     assert baselines.count_parameters(make_baseline("random").fit(cells)) == 0
+    wrapped = make_baseline("random").fit(cells)
+    wrapped.model = SimpleNamespace(module=torch.nn.Linear(3, 2))          # as scvi-tools keeps its network
+    assert baselines.count_parameters(wrapped) == 8
 
 
 def test_memory_is_that_of_the_system_or_of_the_container(tmp_path, monkeypatch):

@@ -249,8 +249,9 @@ def compete(name: str, train: ad.AnnData, labels_key: str, path: str | Path, *, 
 
 # %% ../../nbs/29_baselines.ipynb #c016c
 def count_parameters(baseline: Baseline) -> int:
-    """Weights of all networks a baseline holds; 0 if it has none."""
-    networks = [v for v in vars(baseline).values() if isinstance(v, torch.nn.Module)]
+    """Weights of all networks a baseline holds, or that an object it holds calls its ``module``, as scvi-tools do; 0 if there are none."""
+    held = (getattr(v, "module", v) for v in vars(baseline).values())
+    networks = [v for v in held if isinstance(v, torch.nn.Module)]
     return sum(p.numel() for network in networks for p in network.parameters())
 
 
