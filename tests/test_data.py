@@ -867,7 +867,7 @@ def test_own_file_with_a_louvain_column_keeps_it(tmp_path):
 def test_own_file_errors(own_file, tmp_path):
     cases = {
         "no column 'cell_type' in obs; columns there: kind, number": {"labels": "cell_type"},
-        "columns there: kind, number; clusters are computed where no labels are named": {"labels": "louvain"},
+        "no column 'louvain' in obs; columns there: kind, number; clusters are computed where no labels are named": {"labels": "louvain"},
         "no layer 'raw'; layers there: logged, umi": {"layer": "raw"},
         "layers['logged'] holds non-integer": {"layer": "logged"},
     }
